@@ -332,11 +332,9 @@ def draw_shape(name, size, draws):
     u = iter(draws)
     # object: colour, radius, centre and angle; as fractions of the image's side
     color = OBJECT_COLORS[int(8 * next(u))]
-    radius = (0.5 + 0.35 * next(u)) / 2
+    radius = (0.55 + 0.3 * next(u)) / 2
     center = radius + np.array([next(u), next(u)]) * (1 - 2 * radius)
-    angle = 2 * math.pi * next(u)
-    if name == "heart":
-        angle = (angle - math.pi) / 6  # a heart on its side is hard to name
+    angle = (next(u) - 0.5) * math.pi / 4  # up to 22.5 degrees either way
     # its outline at 4x, then averaged down: smooth edges
     canvas = Image.new("L", (4 * size, 4 * size))
     pen = ImageDraw.Draw(canvas)

@@ -1,0 +1,152 @@
+"""Draw images with a trained generator: class -> codes (mergear.py) -> image (the tokenizer in the same checkpoint).
+
+    python generate.py                                                   # 40 images of out/mergear/ckpt.pt
+    python generate.py --ckpt out/raster/ckpt.pt --classes star,heart --num 16 --cfg 3.0
+    python generate.py --num 50000 --npz out/samples.npz                 # for evaluation, ADM's layout
+    torchrun --nproc_per_node=8 -- generate.py --ckpt out/l/ckpt.pt --num 50000 --npz out/samples.npz
+                                                 # the -- keeps torchrun from reading --num as its own --numa-binding
+
+Writes OUT/samples.png, the first images as a labelled grid. Image number i is a function of (--seed, i) and its class
+alone: --batch-size and the number of processes change the speed, not the images.
+"""
+
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import UserError, image_grid, run_main, to_uint8
+from mergear import decode_codes, load_generator, sample_codes
+from tokenizer import Parser, start_run
+
+IN_PICTURE = 200  # images in samples.png at most
+
+
+def parse(argv=None):
+    """Flags, each checked as far as it can be without the model. Raises UserError."""
+    parser = Parser(description=__doc__)
+    add = lambda name, default, help, **more: parser.add_argument(
+        name, type=type(default), default=default, help=f"{help} (default {default})" if default != "" else help, **more)
+    add("--ckpt", "out/mergear/ckpt.pt", "checkpoint of mergear.py")
+    add("--cfg", 2.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
+    add("--temperature", 1.0, "divides the logits; 0: always the most likely code")
+    add("--top-k", 0, "sample among the k most likely sub-tokens; 0: all")
+    add("--top-p", 1.0, "sample among the most likely sub-tokens that hold this much probability")
+    add("--classes", "", "comma-separated class names or ids, used in turn; empty: all classes")
+    add("--num", 40, "images")
+    add("--keep", 0, "merge count K told to a mergear model, one it was trained on; 0: the tokenizer's target")
+    add("--npz", "", "also write all images to this file: arr_0 uint8 (N,H,W,3), arr_1 int64 labels")
+    add("--out", "out/generate", "folder for samples.png")
+    add("--seed", 0, "image i is a function of (seed, i)")
+    add("--device", "auto", "auto (cuda > mps > cpu) or a torch device")
+    add("--dtype", "auto", "of the generator; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
+    add("--batch-size", 32, "images asked for at a time")
+    args = parser.parse_args(argv)
+    for name, fine, remedy in (("cfg", 0 <= args.cfg < math.inf, "at least 0"),
+                               ("temperature", 0 <= args.temperature < math.inf, "at least 0"),
+                               ("top_k", args.top_k >= 0, "at least 0"),
+                               ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
+                               ("num", args.num >= 1, "at least 1"),
+                               ("batch_size", args.batch_size >= 1, "at least 1"),
+                               ("seed", 0 <= args.seed < 2**31, "from 0 to 2147483647")):
+        if not fine:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {remedy}")
+    return args
+
+
+def choose_classes(text, config):
+    """"star,7" -> class ids, by name or id; all classes for an empty text, [0] for an unconditional model."""
+    if not text:
+        return list(range(max(1, config.num_classes)))
+    if not config.num_classes:
+        raise UserError(f"--classes {text}: this model was trained without labels; leave --classes out")
+    ids = {name: n for n, name in reversed(list(enumerate(config.class_names)))}
+    ids = {**{str(n): n for n in range(config.num_classes)}, **ids}  # a class that is called "7" is meant by 7
+    for name in text.split(","):
+        if name.strip() not in ids:
+            some = ", ".join(config.class_names[:5])
+            raise UserError(f"--classes: there is no class {name.strip()!r}; pass names ({some}, ...) or ids "
+                            f"0 to {config.num_classes - 1}")
+    return [ids[name.strip()] for name in text.split(",")]
+
+
+def check_keep(keep, config):
+    """The --keep that sample_codes takes: None for the default."""
+    if keep and config.mode != "mergear":
+        raise UserError(f"--keep {keep}: this {config.mode} model has no merge instruction; leave --keep out")
+    if keep and keep not in config.keeps:
+        raise UserError(f"--keep {keep} is not one of the merge counts this model was trained on: "
+                        f"{', '.join(map(str, config.keeps))}")
+    return keep or None
+
+
+def open_images(args, run, side):
+    """A memory-mapped uint8 (N,H,W,3) file that all ranks write to: 50,000 images need not fit in memory."""
+    path = os.path.join(args.out, "images.npy.tmp")
+    if run.main:
+        try:
+            os.makedirs(args.out, exist_ok=True)
+            os.makedirs(os.path.dirname(os.path.abspath(args.npz or path)), exist_ok=True)
+            np.lib.format.open_memmap(path, "w+", np.uint8, (args.num, side, side, 3))
+        except OSError as e:
+            raise UserError(f"--out {args.out} or --npz {args.npz} cannot be written ({e.strerror}); pass another place")
+    if run.world > 1:
+        dist.barrier()
+    return np.lib.format.open_memmap(path, "r+"), path
+
+
+def main(argv=None):
+    args = parse(argv)
+    gpt, tokenizer = load_generator(args.ckpt)
+    config = gpt.config
+    classes, keep = choose_classes(args.classes, config), check_keep(args.keep, config)
+    run = start_run(args)
+    gpt, tokenizer = gpt.to(run.device, run.dtype), tokenizer.to(run.device)
+    labels = torch.tensor(classes).repeat(math.ceil(args.num / len(classes)))[:args.num]    # (N,)
+    cfg = args.cfg if config.num_classes else 1.0  # without classes there is nothing to guide
+    images, path = open_images(args, run, tokenizer.config.size)
+
+    # batch number n is made by rank n % world
+    starts = range(run.rank * args.batch_size, args.num, run.world * args.batch_size)
+    bar, began = tqdm(total=args.num, unit="image", disable=not run.main, dynamic_ncols=True), time.time()
+    for start in starts:
+        wanted = labels[start:start + args.batch_size]
+        codes = sample_codes(gpt, wanted, cfg, args.temperature, args.top_k, args.top_p, args.seed, start, keep)
+        images[start:start + len(wanted)] = to_uint8(decode_codes(tokenizer, codes, start))
+        bar.update(min(len(wanted) * run.world, args.num - bar.n))
+    images.flush()
+    if run.world > 1:
+        dist.barrier()
+    bar.close()
+
+    if run.main:
+        seconds = time.time() - began
+        shown = torch.from_numpy(np.array(images[:IN_PICTURE])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        names = [config.class_names[n] for n in labels[:len(shown)]] if config.num_classes else None
+        columns = len(classes) if 1 < len(classes) <= 12 else 8  # then each class has its column
+        image_grid(shown, os.path.join(args.out, "samples.png"), labels=names, columns=columns)
+        cache = gpt.new_cache(1 if cfg == 1.0 else 2, keep or config.keep)
+        print(f"{args.num} images in {seconds:.1f} s: {args.num / seconds:.2f} images/s, "
+              f"{args.num * config.length / seconds:.0f} tokens/s; "
+              f"{config.mode} KV cache: {cache.rows} rows, {cache.nbytes():,} bytes an image")
+        print(f"wrote {os.path.join(args.out, 'samples.png')}" + (f" (the first {len(shown)})" if len(shown) < args.num else ""))
+        if args.npz:
+            partial = args.npz + ".tmp.npz"
+            np.savez(partial, arr_0=images, arr_1=labels.numpy())
+            os.replace(partial, args.npz)
+            print(f"wrote {args.npz}")
+    del images
+    if run.world > 1:
+        dist.barrier()
+    if run.main:
+        os.remove(path)
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)

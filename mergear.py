@@ -1,0 +1,883 @@
+"""Stage 2 of MergeVQ (arXiv 2504.00999): a generator of codes in raster order, with MergeAR's compact KV cache.
+
+    python mergear.py                                           # tiny, on out/tokenizer/ckpt.pt, two CPU cores
+    python mergear.py --mode raster --out out/raster            # the same without cache compression: the baseline
+    python mergear.py --model l --tokenizer out/g/ckpt.pt --batch-size 64 --accum 8                # one GPU
+    torchrun --nproc_per_node=8 mergear.py --model l --tokenizer out/g/ckpt.pt --accum 8           # eight GPUs
+    python mergear.py --resume                                  # go on where the run in --out stopped
+
+The tokenizer turns an image into K merged codes and `source`; one gather gives every position its code again, and these
+L codes, row by row, are the sequence that a class-conditional LLaMA-style transformer learns to continue:
+
+    [class, (merge instruction), x_0, ..., x_{L-2}]  ->  x_0, ..., x_{L-1}
+
+Of the L codes at most K differ. MergeAR attends to the first position of each merged token and to a short window, not to
+the other repeats; so a repeat that has left the window can be evicted, and the KV cache has 2 + K + window rows, not L.
+
+Read top to bottom: config, attention mask, code bits, the model, KV caches, sampling, code cache on disk, main.
+Axis letters: B batch, R rows of a decoding step (2B under CFG), L positions, K merge count, D width, S sub-tokens,
+T sequence length, P prefix length, h heads.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from data import UserError, batches, build_dataset, image_grid, run_main
+from tokenizer import (RunConfig, adamw, append_metrics, arg, keep_distribution, learning_rate, load_checkpoint, loader_workers, mean_over_ranks,
+                       parse_config, plot_curves, prepare_out, sample_keep, save_checkpoint, seeded, start_run,
+                       tokenizer_from_state, update_ema, val_loader, weights_hash)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config. Every field of GPTFlags is a flag; GPTConfig adds what the tokenizer and the data set decide.
+
+MODES = ("raster", "mergear")
+BETAS = {"raster": (0.9, 0.99), "mergear": (0.9, 0.99)}  # AdamW, Table A2
+
+
+@dataclasses.dataclass
+class GPTFlags(RunConfig):
+    """Defaults are the tiny model's; MODELS lists what the others change."""
+    model: str = arg("tiny", "preset: tiny, b, l or xl", choices=("tiny", "b", "l", "xl"))
+    mode: str = arg("mergear", "raster (every earlier position) or mergear (first positions and a window)", choices=MODES)
+    tokenizer: str = arg("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py")
+    data: str = arg("", "shapes | image folder | .tar or quoted glob of tar shards; empty: what the tokenizer was trained on")
+    out: str = arg("out/mergear", "folder for checkpoint, metrics, pictures and the code cache")
+    width: int = arg(128, "transformer width D", low=4)
+    depth: int = arg(6, "transformer blocks", low=1)
+    heads: int = arg(4, "attention heads", low=1)
+    head_depth: int = arg(1, "blocks over the sub-tokens of one code, when it has more than one", low=0)
+    dropout: float = arg(0.0, "dropout after attention and MLP", low=0.0, high=0.9)
+    token_dropout: float = arg(0.0, "share of input codes replaced by a learned mask embedding", low=0.0, high=1.0)
+    class_dropout: float = arg(0.1, "share of labels replaced by the null class, which CFG needs", low=0.0, high=1.0)
+    label_smoothing: float = arg(0.0, "label smoothing of the cross-entropy", low=0.0, high=0.9)
+    window: int = arg(8, "mergear: how many recent positions stay visible whatever their code", low=0)
+    duplicate: str = arg("source", "mergear, in training: a position is a repeat if its merged token (source) or its code "
+                         "(codes) came before; generation can only see codes", choices=("source", "codes"))
+    views: int = arg(2, "views of each image in the code cache: centre crop, its mirror image, then random crops", low=1)
+    cache: str = arg("", "folder of the code cache; empty: OUT/codes; none: encode the images at every step")
+    batch_size: int = arg(32, "images an optimizer step, over all ranks and micro-batches", low=1)
+    max_steps: int = arg(1200, "optimizer steps; 0: as many as --epochs makes", low=0)
+    epochs: int = arg(300, "passes over the data, when --max-steps is 0", low=1)
+    lr: float = arg(2e-3, "peak learning rate", low=0.0)
+    lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
+                           choices=("step", "cosine", "constant"))
+    warmup: int = arg(100, "linear warm-up steps", low=0)
+    weight_decay: float = arg(0.05, "AdamW weight decay of matrices", low=0.0)
+    clip: float = arg(1.0, "gradient norm is clipped to this", low=0.0)
+    ema: float = arg(0.999, "decay of the weight average that sampling uses", low=0.0, high=1.0)
+    eval_every: int = arg(600, "steps between evaluations with pictures", low=1)
+    save_every: int = arg(600, "steps between checkpoints", low=1)
+
+
+@dataclasses.dataclass
+class GPTConfig(GPTFlags):
+    """The flags, and what follows from tokenizer and data. Saved whole in the checkpoint."""
+    bits: int = 12             # code bits d
+    length: int = 64           # L
+    num_classes: int = 10      # 0: unconditional
+    class_names: tuple = ()
+    keep: int = 36             # the tokenizer's target K
+    keeps: tuple = (16, 25, 36, 49, 64)  # every K that a merge instruction exists for, ascending
+
+    @property
+    def grid(self):  # the side of the token grid
+        return math.isqrt(self.length)
+
+    @property
+    def prefix(self):  # P: class, and in mergear mode the instruction
+        return 2 if self.mode == "mergear" else 1
+
+    @property
+    def sub_bits(self):  # how the d bits of a code are divided into sub-tokens, low bits first
+        return (self.bits,) if self.bits <= 10 else (6, self.bits - 6)
+
+
+PAPER = dict(dropout=0.1, token_dropout=0.1, label_smoothing=0.1, window=16, batch_size=1024, max_steps=0, lr=1e-4, lr_schedule="step", warmup=1000,
+             head_depth=2, eval_every=5000, save_every=5000)
+
+MODELS = {  # parameters with d = 18 (sub-tokens of 6 + 12 bits), 1,000 classes, L = 1024; without dropout etc. the same
+    "tiny": {},                                                               # 1.5M with d = 12, 10 classes, L = 64
+    "b": dict(PAPER, model="b", width=768, depth=12, heads=12),               # 106M
+    "l": dict(PAPER, model="l", width=1024, depth=24, heads=16),              # 343M
+    "xl": dict(PAPER, model="xl", width=1280, depth=36, heads=20),            # 784M
+}
+
+
+def check_config(config):
+    """Combinations that cannot work, each with its remedy. Raises UserError."""
+    if config.width % (4 * config.heads):
+        fits = 4 * config.heads * max(1, config.width // (4 * config.heads))
+        raise UserError(f"--width {config.width} must be a multiple of 4 x --heads {config.heads}: rotary embedding halves a "
+                        f"head between grid rows and columns; pass --width {fits}")
+    if config.bits > 20:
+        raise UserError(f"the tokenizer's {config.bits} bits would need a {2 ** (config.bits - 6)}-way softmax for the second "
+                        "sub-token: train a tokenizer with --bits 20 or fewer")
+
+
+# Id spaces, defined here and nowhere else
+#   class          0 .. num_classes-1, then the null class = num_classes (unlabelled data: only the null class, 0)
+#   instruction    0 .. len(keeps)-1: index into config.keeps. Callers pass K itself, the model looks the index up
+#   code           0 .. 2^d-1, bit j worth 2^j, as the tokenizer numbers them
+#   sub-token s    0 .. 2^sub_bits[s]-1: bits of the code; s = 0 has the low ones
+#   sequence row   t = 0 class, [1 instruction,] then P+i = code x_i. The output at row P-1+i predicts x_i
+#   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout, (seed, step, rank, 5) other dropout;
+#                  (seed, sample) the uniform numbers of one sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a position may see (paper Eq. 12 and Figure 6).
+
+@torch.no_grad()
+def first_positions(groups, keep=None):
+    """(B,L) group ids -> (B,L) bool: is this the first position of its group, one of the first `keep` groups to appear?"""
+    ordered, order = groups.sort(dim=1, stable=True)                                       # equal groups side by side
+    new = torch.ones_like(groups, dtype=torch.bool)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    first = torch.zeros_like(new).scatter_(1, order, new)                                  # back in raster order
+    return first if keep is None else first & (first.cumsum(1) <= keep)
+
+
+@torch.no_grad()
+def mergear_mask(groups, window, keep=None):
+    """(B,L) source or codes -> (B,L,L) bool: may position i (axis 1) attend to position j (axis 2)?
+
+    Yes if j is i itself, one of the `window` positions before i, or, however far back, the first position of its group.
+    With `keep`, groups after the first `keep` to appear count as repeats from the start: what a cache of that many rows
+    can hold.
+    """
+    i = torch.arange(groups.shape[1], device=groups.device)
+    distance = i[:, None] - i                                                              # (L,L)
+    return (distance >= 0) & ((distance <= window) | first_positions(groups, keep)[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A code as one or two small sub-tokens, so that no softmax has 2^18 outputs.
+
+def split_codes(codes, sub_bits):
+    """int64 codes (...) -> sub-tokens (...,S); sub-token 0 has the low bits."""
+    parts = []
+    for n in sub_bits:
+        parts.append(codes & (2 ** n - 1))
+        codes = codes >> n
+    return torch.stack(parts, dim=-1)
+
+
+def join_codes(subs, sub_bits):
+    """Sub-tokens (...,S) -> int64 codes (...); undoes split_codes."""
+    offsets = [sum(sub_bits[:s]) for s in range(len(sub_bits))]
+    return sum(subs[..., s] << offset for s, offset in enumerate(offsets))
+
+
+def code_losses(logits, codes, sub_bits, label_smoothing=0.0):
+    """Logits of each sub-token, codes (B,L) -> (loss (B,L), bits (B,L,S)): cross-entropy in nats, summed over sub-tokens
+    and smoothed; and the plain negative log-likelihood of each sub-token in bits. Without smoothing the loss is
+    -log p(code), since p(code) = p(sub_0) p(sub_1 | sub_0)."""
+    loss, bits = 0.0, []
+    for s, target in enumerate(split_codes(codes, sub_bits).unbind(-1)):
+        logp = logits[s].float().log_softmax(-1)                                           # (B,L,2^sub_bits[s])
+        nll = -logp.gather(-1, target[..., None])[..., 0]                                  # (B,L)
+        loss = loss + (1 - label_smoothing) * nll - label_smoothing * logp.mean(-1)
+        bits.append(nll.detach() / math.log(2))
+    return loss, torch.stack(bits, dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model: LLaMA's block (RMSNorm, SwiGLU, rotary positions), twice: along the sequence, and along the sub-tokens.
+
+def rope_table(config, device):
+    """cos, sin (P+L, D/h/2) of the 2D rotary embedding: half of a head's pairs turn with the grid row, half with the
+    column. Prefix rows are not turned."""
+    pairs = config.width // config.heads // 4
+    frequency = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
+    position = torch.arange(config.length, device=device)
+    row, column = position // config.grid, position % config.grid
+    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)      # (L, 2 pairs)
+    angle = F.pad(angle, (0, 0, config.prefix, 0))                                         # (P+L, 2 pairs)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x_n, x_{n + half}) of the last axis by its angle, in float32."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+def causal_attention(q, k, v):
+    """Plain causal attention (N,h,S,D/h) over a handful of sub-tokens: SDPA kernels are made for long sequences, and some
+    refuse a batch of more than 65,535, which N = B L easily is."""
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5                                 # (N,h,S,S)
+    later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+    return scores.masked_fill(later, -math.inf).softmax(-1) @ v
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. The caller says how to attend: that is where training and the KV caches differ."""
+    def __init__(self, config):
+        super().__init__()
+        D, unit = config.width, 256 if config.width >= 512 else 32
+        hidden = math.ceil(8 * D / 3 / unit) * unit  # SwiGLU has three matrices: 2/3 of 4 D, rounded up
+        self.heads, self.dropout = config.heads, nn.Dropout(config.dropout)
+        linear = lambda c_in, c_out: nn.Linear(c_in, c_out, bias=False)
+        self.norm1, self.qkv, self.proj = nn.RMSNorm(D, eps=1e-5), linear(D, 3 * D), linear(D, D)
+        self.norm2, self.up, self.down = nn.RMSNorm(D, eps=1e-5), linear(D, 2 * hidden), linear(hidden, D)
+
+    def forward(self, x, attend):
+        """x (B,T,D); attend(q, k, v), each (B,h,T,D/h), -> (B,h,T,D/h)."""
+        B, T, D = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        x = x + self.dropout(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D)))
+        gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
+        return x + self.dropout(self.down(F.silu(gate) * up))
+
+
+class GPT(nn.Module):
+    """Class-conditional transformer over the L codes of an image in raster order.
+
+    forward() sees whole sequences (training); prefill() and advance() go one token at a time over a cache that the
+    caller owns (generation). Both give the same logits.
+    """
+    def __init__(self, config):
+        super().__init__()
+        check_config(config)
+        self.config, D = config, config.width
+        self.class_embed = nn.Embedding(config.num_classes + 1, D)
+        self.instruction = nn.Embedding(len(config.keeps), D) if config.mode == "mergear" else None
+        self.register_buffer("keeps", torch.tensor(config.keeps), persistent=False)
+        self.sub_embed = nn.ModuleList(nn.Embedding(2 ** n, D) for n in config.sub_bits)
+        self.mask_embed = nn.Parameter(torch.empty(D))  # stands for a dropped input code
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        several = len(config.sub_bits) > 1
+        self.head_blocks = nn.ModuleList(Block(config) for _ in range(config.head_depth if several else 0))
+        self.norm = nn.RMSNorm(D, eps=1e-5)
+        self.to_logits = nn.ModuleList(nn.Linear(D, 2 ** n, bias=False) for n in config.sub_bits)
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal(0.02) everywhere; what adds to the residual stream is scaled down by its number of additions (GPT-2)."""
+        for name, p in self.named_parameters():
+            if p.dim() == 1 and name != "mask_embed":
+                nn.init.ones_(p)  # norms
+            else:
+                nn.init.normal_(p, std=0.02)
+        for blocks in (self.blocks, self.head_blocks):
+            for block in blocks:
+                for linear in (block.proj, block.down):
+                    nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(blocks)))
+
+    @property
+    def null_class(self):
+        return self.config.num_classes
+
+    def embed_prefix(self, labels, keep):
+        """labels (B,), keep (B,) int64 (ignored in raster mode) -> (B,P,D): class, and what the merge count is."""
+        rows = [self.class_embed(labels)]
+        if self.instruction is not None:
+            rows.append(self.instruction(torch.searchsorted(self.keeps, keep)))
+        return torch.stack(rows, dim=1)
+
+    def embed_codes(self, codes):
+        """codes (...) -> (...,D): the sum of the sub-tokens' embeddings."""
+        subs = split_codes(codes, self.config.sub_bits)
+        return sum(embed(subs[..., s]) for s, embed in enumerate(self.sub_embed))
+
+    def head(self, h, subs):
+        """h (...,D) of a position, its first s sub-tokens (...,s) -> logits of sub-tokens 0 .. s, a list of s + 1.
+
+        A tiny causal transformer along the sub-tokens: [h, embedding of sub_0, ...] predicts [sub_0, sub_1, ...].
+        """
+        tokens = [h] + [self.sub_embed[s](subs[..., s]) for s in range(subs.shape[-1])]
+        x = torch.stack(tokens, dim=-2)                                                    # (...,s+1,D)
+        shape = x.shape
+        x = x.view(-1, *shape[-2:])
+        for block in self.head_blocks:
+            x = block(x, causal_attention)
+        x = self.norm(x).view(shape)
+        return [to_logits(x[..., s, :]) for s, to_logits in zip(range(shape[-2]), self.to_logits)]
+
+    def forward(self, codes, labels, keep=None, mask=None, dropped=None):
+        """codes (B,L), labels (B,), keep (B,), mask (B,L,L) of mergear_mask, dropped (B,L) bool: inputs to hide.
+
+        Returns the logits of every sub-token given all codes before it and the earlier sub-tokens of its own code: a
+        list of S tensors (B,L,2^sub_bits[s]). keep and mask belong to mergear mode, and only to it.
+        """
+        c, L = self.config, codes.shape[1]
+        assert L == c.length, f"{L} codes for a model of {c.length}"
+        assert (mask is not None) == (keep is not None) == (c.mode == "mergear"), f"keep and mask do not fit mode {c.mode}"
+        x = self.embed_codes(codes[:, :-1])                                                # (B,L-1,D)
+        if dropped is not None:
+            x = torch.where(dropped[:, :-1, None], self.mask_embed.to(x.dtype), x)
+        x = torch.cat([self.embed_prefix(labels, keep), x], dim=1)                         # (B,T,D), T = P+L-1
+        P, T = c.prefix, x.shape[1]
+        if mask is not None:
+            causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
+            inner = F.pad(mask[:, :-1, :-1], (P, 0, P, 0), value=True)                     # (B,T,T): prefix always seen
+            mask = (causal & inner)[:, None]                                               # (B,1,T,T)
+        cos, sin = (table[:T] for table in rope_table(c, x.device))
+
+        def attend(q, k, v):
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+        for block in self.blocks:
+            x = block(x, attend)
+        return self.head(x[:, P - 1:], split_codes(codes, c.sub_bits)[..., :-1])
+
+    def new_cache(self, sequences, keep=None):
+        """A KV cache for R sequences: dense in raster mode, compact for at most `keep` first positions in mergear mode."""
+        return CompactCache(self, sequences, keep) if self.config.mode == "mergear" else DenseCache(self, sequences)
+
+    def prefill(self, labels, keep, cache):
+        """Start sequences: labels (R,), keep (R,) -> h (R,D), from which head() predicts x_0."""
+        prefix = self.embed_prefix(labels, keep)                                           # (R,P,D)
+        for t in range(self.config.prefix):
+            h = self._step(prefix[:, t], t, None, cache)
+        return h
+
+    def advance(self, codes, i, cache):
+        """Append x_i = codes (R,) to each sequence -> h (R,D), from which head() predicts x_{i+1}."""
+        return self._step(self.embed_codes(codes), self.config.prefix + i, codes, cache)
+
+    def _step(self, x, t, codes, cache):
+        x = x[:, None]                                                                     # (R,1,D)
+        cache.begin(t, codes)
+        cos, sin = cache.cos[t], cache.sin[t]
+        for layer, block in enumerate(self.blocks):
+            # keys are stored turned, so the order of the cache's rows does not matter
+            x = block(x, lambda q, k, v: cache.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v))
+        return x[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KV caches. Allocated once, written in place, never copied or concatenated. One query a step: two bmm and a softmax
+# beat the SDPA kernels. Attended lengths are multiples of 32, for kernels that are chosen or compiled by shape.
+
+def bucket(n, limit):
+    return min((n + 31) // 32 * 32, limit)
+
+
+def empty_rows(gpt, sequences, rows):
+    """Keys and values of every layer, zeros of shape (depth, sequences * h, rows, D/h), in the type attention runs in."""
+    c, weight = gpt.config, gpt.mask_embed
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    shape = (c.depth, sequences * c.heads, rows, c.width // c.heads)
+    return weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype)
+
+
+class DenseCache:
+    """Raster mode: sequence row t is cache row t."""
+    def __init__(self, gpt, sequences):
+        self.rows = gpt.config.prefix + gpt.config.length - 1  # the last code is never an input
+        self.keys, self.values = empty_rows(gpt, sequences, self.rows)
+        self.cos, self.sin = rope_table(gpt.config, self.keys.device)
+
+    def begin(self, t, codes):
+        """Where the token of sequence row t goes and what it may see: decided once, for all layers."""
+        self.t, self.visible = t, bucket(t + 1, self.rows)
+
+    def attend(self, layer, q, k, v):
+        """(R,h,1,D/h) each -> (R,h,1,D/h)."""
+        keys, values, shape = self.keys[layer], self.values[layer], q.shape
+        keys[:, self.t], values[:, self.t] = k.flatten(0, 2), v.flatten(0, 2)
+        scores = torch.bmm(q.flatten(0, 1) * shape[-1] ** -0.5, keys[:, :self.visible].transpose(1, 2))   # (Rh,1,n)
+        scores[..., self.t + 1:] = -math.inf
+        return torch.bmm(scores.softmax(-1), values[:, :self.visible]).view(shape)
+
+    def rows_in_use(self):
+        """How many rows hold a token that the next one may attend to: the same for each sequence."""
+        return self.t + 1
+
+    def nbytes(self):
+        return 2 * self.keys.nbytes
+
+
+class CompactCache:
+    """Mergear mode: 2 + window + K rows a sequence, whatever L is.
+
+        row 0        class            never leaves
+        row 1        instruction      never leaves
+        row 2 ..     ring of `window` slots: the repeat at position i is in slot i % window; it is no longer seen once it
+                     is more than `window` back, and the repeat at i + window, if there is one, takes its slot
+        then         first positions, appended in order of appearance, at most K; they never leave
+
+    A new code is a repeat if it equals a code among the first positions, or if there are K of those already: exactly
+    mergear_mask(codes, window, keep=K). The current token sees itself without being stored, so 2 + window + K is
+    a strict bound, and with window 0 a repeat is never stored at all.
+    """
+    def __init__(self, gpt, sequences, keep):
+        c = gpt.config
+        self.prefix, self.window, self.keep, self.heads = c.prefix, min(c.window, c.length), keep, c.heads
+        self.firsts = self.prefix + self.window  # cache row of the first first position
+        self.rows, self.forever = self.firsts + keep, c.prefix + c.length
+        self.keys, self.values = empty_rows(gpt, sequences, self.rows)
+        device = self.keys.device
+        self.cos, self.sin = rope_table(c, device)
+        # bookkeeping, the same for all layers and heads
+        self.last_seen = torch.full((sequences, self.rows), -1, device=device)  # last sequence row that may see a cache row
+        self.code = torch.full((sequences, self.rows), -1, device=device)       # code of the token in a cache row
+        self.count = torch.zeros(sequences, dtype=torch.long, device=device)    # first positions so far
+        self.sequence = torch.arange(sequences * c.heads, device=device)
+
+    def begin(self, t, codes):
+        """Where the token of sequence row t goes and what it may see: decided once, for all layers. codes: (R,) or None
+        for the prefix. Vectorised over the sequences, and the GPU need not tell the CPU anything."""
+        i, self.t = t - self.prefix, t
+        # rows that can be in use by now. A bound that depends on t alone, not on the data: no waiting for the GPU, and
+        # a sample's arithmetic does not depend on its neighbours in the batch
+        self.visible = bucket(self.firsts + min(max(i, 0), self.keep), self.rows)
+        unseen = self.last_seen[:, :self.visible] < t
+        self.bias = torch.zeros_like(unseen, dtype=self.keys.dtype).masked_fill_(unseen, -math.inf)[:, None]   # (R,1,n)
+        if codes is None:
+            row, seen = torch.full_like(self.count, t), self.forever
+            self.stored = None
+        else:
+            first = (self.code[:, self.firsts:] != codes[:, None]).all(1) & (self.count < self.keep)
+            slot = self.prefix + i % self.window if self.window else 0
+            row = torch.where(first, self.firsts + self.count, slot)
+            # without a ring, a repeat is "stored" in row 0 by writing there what is there already
+            seen = torch.where(first, self.forever, t + self.window if self.window else self.forever)[:, None]
+            self.stored = None if self.window else first.repeat_interleave(self.heads)[:, None]
+            self.code.scatter_(1, row[:, None], codes[:, None])
+            self.count += first
+        self.last_seen.scatter_(1, row[:, None], seen)
+        self.row = row.repeat_interleave(self.heads)                                       # (Rh,)
+
+    def attend(self, layer, q, k, v):
+        """(R,h,1,D/h) each -> (R,h,1,D/h). Attend to the rows seen and to oneself; then store oneself."""
+        keys, values, shape = self.keys[layer], self.values[layer], q.shape
+        q, k, v = (x.flatten(0, 1) for x in (q * shape[-1] ** -0.5, k, v))                 # (Rh,1,D/h)
+        scores = torch.bmm(q, keys[:, :self.visible].transpose(1, 2))                      # (Rh,1,n)
+        scores = scores.view(-1, self.heads, self.visible) + self.bias                     # (R,h,n)
+        itself = (q * k).sum(-1).view(-1, self.heads, 1)                                   # (R,h,1)
+        weights = torch.cat([scores, itself], dim=-1).softmax(-1).view(len(q), 1, -1)      # (Rh,1,n+1)
+        out = torch.bmm(weights[..., :-1], values[:, :self.visible]) + weights[..., -1:] * v
+        k, v = k[:, 0], v[:, 0]
+        if self.stored is not None:
+            k = torch.where(self.stored, k, keys[self.sequence, self.row])
+            v = torch.where(self.stored, v, values[self.sequence, self.row])
+        keys[self.sequence, self.row], values[self.sequence, self.row] = k, v
+        return out.view(shape)
+
+    def rows_in_use(self):
+        """How many rows hold a token that the next one may attend to, for each sequence."""
+        return (self.last_seen > self.t).sum(1)
+
+    def nbytes(self):
+        return 2 * self.keys.nbytes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sampling. generate.py and evaluation use it; it is here because training draws pictures too.
+
+def guide(logits, cfg):
+    """Classifier-free guidance: logits (2B,V), conditional rows first -> uncond + cfg * (cond - uncond), (B,V).
+    cfg 1.0 is the conditional model itself: then the logits are (B,V) already and nothing is computed."""
+    if cfg == 1.0:
+        return logits
+    cond, uncond = logits.float().chunk(2)
+    return uncond + cfg * (cond - uncond)
+
+
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    """One sample of each row by inverting its distribution function: logits (B,V), u (B,) uniform in [0,1) -> (B,).
+
+    top_k > 0 leaves the k most likely (ties with the k-th stay), top_p < 1 the fewest that hold that much probability.
+    temperature 0 takes the most likely.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64) / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    p = logits.softmax(-1)
+    if top_p < 1:
+        ordered = p.sort(-1, descending=True).values
+        before = ordered.cumsum(-1) - ordered                                              # mass of those ahead
+        least = ordered.masked_fill(before >= top_p, math.inf).min(-1, keepdim=True).values
+        p = p.masked_fill(p < least, 0.0)
+    cumulative = p.cumsum(-1)
+    total = cumulative[:, -1]
+    at = torch.minimum(u.to(p) * total, total * (1 - torch.finfo(p.dtype).eps))            # never beyond the last
+    return torch.searchsorted(cumulative, at[:, None], right=True)[:, 0]
+
+
+def in_chunks(function, start, device, *tensors, chunk=None):
+    """function over rows of `tensors` that are samples start, start + 1, ..., always `chunk` rows at a time.
+
+    Rounding depends on the shapes a kernel is called with, and on the place of a row in them; and one flipped bit changes
+    all codes after it. So sample n is always row n % chunk of a call with `chunk` rows (default: 16 on a CPU, 32 on
+    a GPU), some of them empty at the ends. Then its result is the same, bit for bit, whatever the batch it came in.
+    """
+    chunk = chunk or (16 if device.type == "cpu" else 32)
+    before, count = start % chunk, len(tensors[0])
+    after = -(before + count) % chunk
+    pieces = [F.pad(x, (0, 0) * (x.dim() - 1) + (before, after)).split(chunk) for x in tensors]
+    return torch.cat([function(*(x.to(device) for x in piece)) for piece in zip(*pieces)])[before:before + count]
+
+
+@torch.no_grad()
+def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, start=0, keep=None, chunk=None):
+    """Generate: labels (B,) class ids -> codes (B,L) int64. Sample i depends on (seed, start + i) and its label only:
+    not on B, nor on the other samples (on one machine, for one dtype and chunk; see in_chunks).
+
+    cfg: guidance scale; 1.0 runs one row a sample, anything else two. keep: the merge count told to a mergear model and
+    the bound of its cache (default: the tokenizer's target). With codes of two sub-tokens, temperature, top_k and top_p
+    act on each in turn: top_k = 10 leaves up to 10 x 10 codes, top_p = 0.9 at least 0.9 x 0.9 of the probability.
+    The arithmetic is that of gpt's weights: gpt.to(torch.bfloat16) samples, and caches, in bfloat16.
+    """
+    c, device = gpt.config, gpt.mask_embed.device
+    assert not gpt.training, "sample from a model in eval mode"
+    if c.mode == "mergear":
+        keep = c.keep if keep is None else keep
+        assert keep in c.keeps, f"keep {keep} is not one of the merge counts {c.keeps} of this model"
+    else:
+        assert keep is None, f"keep {keep} was passed, but a {c.mode} model has no merge instruction"
+    # the only randomness: one uniform number for each sub-token of each position
+    noise = torch.stack([torch.rand(c.length, len(c.sub_bits), dtype=torch.float64, generator=seeded(seed, start + i))
+                         for i in range(len(labels))])                                     # (B,L,S)
+    noise = noise.float() if device.type == "mps" else noise
+    decode = lambda labels, noise: _decode(gpt, labels, noise, cfg, temperature, top_k, top_p, keep)
+    return in_chunks(decode, start, device, labels, noise, chunk=chunk)
+
+
+@torch.no_grad()
+def decode_codes(tokenizer, codes, start=0, chunk=None):
+    """Generated codes (B,L), of samples start, start + 1, ... -> images (B,3,H,W). Every position has its own code."""
+    positions = torch.arange(codes.shape[1], device=codes.device)
+    return in_chunks(lambda x: tokenizer.decode(x, positions.expand_as(x)), start, codes.device, codes, chunk=chunk)
+
+
+def _decode(gpt, labels, noise, cfg, temperature, top_k, top_p, keep):
+    """One chunk: labels (B,), noise (B,L,S) uniform -> codes (B,L)."""
+    c, copies = gpt.config, 1 if cfg == 1.0 else 2
+    if copies == 2:
+        labels = torch.cat([labels, torch.full_like(labels, gpt.null_class)])              # (2B,)
+    cache = gpt.new_cache(len(labels), keep)
+    codes = torch.empty(noise.shape[:2], dtype=torch.long, device=labels.device)
+    h = gpt.prefill(labels, None if keep is None else torch.full_like(labels, keep), cache)
+    for i in range(c.length):
+        subs = codes.new_empty(len(codes), 0)
+        for s in range(len(c.sub_bits)):  # both halves of CFG continue with the same sub-tokens
+            logits = gpt.head(h, subs.repeat(copies, 1))[s]
+            new = draw(guide(logits, cfg), noise[:, i, s], temperature, top_k, top_p)
+            subs = torch.cat([subs, new[:, None]], dim=1)
+        codes[:, i] = join_codes(subs, c.sub_bits)
+        if i < c.length - 1:
+            h = gpt.advance(codes[:, i].repeat(copies), i, cache)
+    return codes
+
+
+def load_generator(path, device="cpu"):
+    """Checkpoint of this script -> (GPT, MergeVQ), both in eval mode with EMA weights. Raises UserError on a bad file."""
+    state = load_checkpoint(path, "generator")
+    gpt = GPT(GPTConfig(**state["config"]))
+    gpt.load_state_dict(state["ema"])
+    return gpt.to(device).eval().requires_grad_(False), tokenizer_from_state(state["tokenizer"], device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The code cache: every view of every image encoded once, in memory-mapped files.
+#   codes.npy (V N, L) int32 after recovery | source.npy (V N, L) int16 | labels.npy, keep.npy (V N,) int32 | meta.json
+# Row v N + i is view v of image i. meta.json says what the codes were made from and is written last.
+
+COLUMNS = dict(codes=np.int32, source=np.int16, labels=np.int32, keep=np.int32)
+
+
+class CodeDataset(Dataset):
+    """ds[i], or ds[(epoch, i)] -> (codes (L,), source (L,), label, keep). The view of an image changes by the epoch."""
+    def __init__(self, folder):
+        with open(os.path.join(folder, "meta.json")) as f:
+            self.meta = json.load(f)
+        self.columns = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in COLUMNS]
+
+    def __len__(self):
+        return self.meta["images"]
+
+    def __getitem__(self, key):
+        epoch, i = key if isinstance(key, tuple) else (0, key)
+        row = (epoch + i) % self.meta["views"] * len(self) + i
+        return tuple(torch.from_numpy(np.array(column[row], dtype=np.int64)) for column in self.columns)
+
+
+class Views(Dataset):
+    """Item (v, i) of a data set: view v of image i."""
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key):
+        return self.dataset.view(key[1], key[0])
+
+
+def open_codes(folder, dataset, tokenizer, config, run, views, drawn, replace=False):
+    """The CodeDataset in `folder`, made now if it is not there. drawn: views after the first draw K as in training.
+
+    A cache made from anything else is refused: UserError, or replaced if `replace`. Encoding is split over the ranks.
+    """
+    meta = dict(tokenizer=weights_hash(tokenizer.state_dict()), data=config.data, images=len(dataset), size=tokenizer.config.size,
+                keep=tokenizer.config.keep, drawn=drawn, views=views, seed=config.seed)
+    meta_path, found = os.path.join(folder, "meta.json"), None
+    if os.path.exists(meta_path):
+        with open(meta_path) as f:
+            found = json.load(f)
+        wrong = [name for name in meta if found.get(name) != meta[name]]
+        if wrong and not replace:
+            short = lambda value: value[:12] if wrong[0] == "tokenizer" else value
+            raise UserError(f"the code cache {folder} was made with {wrong[0]} {short(found.get(wrong[0]))}, this run has "
+                            f"{wrong[0]} {short(meta[wrong[0]])}: delete that folder, or pass --cache another-folder")
+        found = None if wrong else found
+    if run.world > 1:
+        dist.barrier()  # all ranks have looked before one of them writes
+    if found is None:
+        extract_codes(folder, dataset, tokenizer, config, run, meta)
+    return CodeDataset(folder)
+
+
+@torch.no_grad()
+def extract_codes(folder, dataset, tokenizer, config, run, meta, batch=64):
+    """Encode every view into `folder`, under temporary names until all of it is there. In float32: it is done once."""
+    views, rows, L = meta["views"], meta["views"] * len(dataset), tokenizer.config.length
+    temporary = {name: os.path.join(folder, f"{name}.npy.tmp") for name in COLUMNS}
+    if run.main:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            if os.path.exists(os.path.join(folder, "meta.json")):
+                os.remove(os.path.join(folder, "meta.json"))  # from now on there is no valid cache here
+            for name, dtype in COLUMNS.items():
+                np.lib.format.open_memmap(temporary[name], "w+", dtype, (rows, L) if name in ("codes", "source") else (rows,))
+        except OSError as e:
+            raise UserError(f"the code cache {folder} cannot be written ({e.strerror}); pass --cache another-folder or none")
+    if run.world > 1:
+        dist.barrier()
+    files = {name: np.lib.format.open_memmap(path, "r+") for name, path in temporary.items()}
+    # batches of one view; number b of them goes to rank b % world, and has one K
+    jobs = [(v, first) for v in range(views) for first in range(0, len(dataset), batch)]
+    mine = range(run.rank, len(jobs), run.world)
+    keys = ([(v, i) for i in range(first, min(first + batch, len(dataset)))] for v, first in (jobs[b] for b in mine))
+    loader = DataLoader(Views(dataset), batch_sampler=keys, num_workers=max(0, config.workers))
+    bar = tqdm(loader, f"encoding {os.path.basename(folder)}", len(mine), unit="batch", disable=not run.main, dynamic_ncols=True)
+    for (images, labels), b in zip(bar, mine):
+        view, first = jobs[b]
+        keep = sample_keep(tokenizer.config, config.seed, b) if meta["drawn"] and view > 0 else tokenizer.config.keep
+        encoded = tokenizer.encode(images.to(run.device), keep)
+        at = slice(view * len(dataset) + first, view * len(dataset) + first + len(images))
+        files["codes"][at] = encoded.codes.gather(1, encoded.source).cpu().numpy()
+        files["source"][at] = encoded.source.cpu().numpy()
+        files["labels"][at], files["keep"][at] = labels.numpy(), keep
+    for file in files.values():
+        file.flush()
+    if run.world > 1:
+        dist.barrier()
+    if run.main:
+        for name, path in temporary.items():
+            os.replace(path, os.path.join(folder, f"{name}.npy"))
+        with open(os.path.join(folder, "meta.json.tmp"), "w") as f:
+            json.dump(meta, f, indent=1)
+        os.replace(os.path.join(folder, "meta.json.tmp"), os.path.join(folder, "meta.json"))
+    if run.world > 1:
+        dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+def to_sequence(batch, tokenizer, keep, device):
+    """A batch of a CodeDataset, or of images and labels that are encoded now -> codes (B,L), source (B,L), labels, keep (B,)."""
+    if len(batch) == 4:
+        return [x.to(device, non_blocking=True) for x in batch]
+    images, labels = (x.to(device, non_blocking=True) for x in batch)
+    with torch.no_grad():
+        encoded = tokenizer.encode(images, keep)
+    return encoded.codes.gather(1, encoded.source), encoded.source, labels, torch.full_like(labels, keep)
+
+
+def mergear_inputs(config, codes, source, keep):
+    """What forward() needs besides codes and labels: nothing in raster mode, merge count and mask in mergear mode."""
+    if config.mode != "mergear":
+        return None, None
+    return keep, mergear_mask(source if config.duplicate == "source" else codes, config.window)
+
+
+@torch.no_grad()
+def evaluate(gpt, dataset, tokenizer, config, run):
+    """Negative log-likelihood of the validation codes at the target K, bits a token, over all ranks."""
+    sums = torch.zeros(1 + len(config.sub_bits), device=run.device)                        # tokens, bits of each sub-token
+    for batch in val_loader(dataset, config, run, config.eval_num):
+        codes, source, labels, keep = to_sequence(batch, tokenizer, config.keep, run.device)
+        with run.autocast():
+            logits = gpt(codes, labels, *mergear_inputs(config, codes, source, keep))
+        _, bits = code_losses(logits, codes, config.sub_bits)
+        sums += torch.cat([sums.new_tensor([codes.numel()]), bits.sum((0, 1))])
+    if run.world > 1:
+        dist.all_reduce(sums)
+    bits = (sums[1:] / sums[0]).tolist()
+    return dict(val_bits=sum(bits), **{f"val_bits_{s}": value for s, value in enumerate(bits)})
+
+
+def draw_samples(gpt, tokenizer, config, path, num=16, cfg=2.0):
+    """PNG: `num` images, the classes in turn, as generate.py makes them."""
+    labels = torch.arange(num) % max(1, config.num_classes)
+    codes = sample_codes(gpt, labels, cfg if config.num_classes else 1.0, seed=config.seed)
+    names = [config.class_names[n] for n in labels] if config.num_classes else None
+    image_grid(decode_codes(tokenizer, codes).cpu(), path, labels=names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+CURVES = ("loss", "bits", "val_bits", "bits_0", "bits_1", "val_bits_0", "val_bits_1", "grad_norm", "lr")
+
+
+def main(argv=None):
+    flags = parse_config(GPTFlags, __doc__, MODELS, "model", argv)
+    ckpt_path = os.path.join(flags.out, "ckpt.pt")
+    # a resumed run keeps the tokenizer inside its checkpoint, whatever has become of the file
+    state = load_checkpoint(ckpt_path, "generator") if flags.resume and os.path.exists(ckpt_path) else None
+    if state:
+        tokenizer_state = state["tokenizer"]
+    else:
+        trained = load_checkpoint(flags.tokenizer, "tokenizer")
+        tokenizer_state = dict(config=trained["config"], ema=trained["ema"])
+        del trained
+    tokenizer = tokenizer_from_state(tokenizer_state)
+    t = tokenizer.config
+    flags.data = flags.data or t.data
+    train_set = build_dataset(flags.data, "train", t.size, train=True, seed=flags.seed)
+    val_set = build_dataset(flags.data, "val", t.size, train=False)
+    flags.max_steps = flags.max_steps or max(1, flags.epochs * len(train_set) // flags.batch_size)
+    flags.workers = loader_workers(flags)
+    config = GPTConfig(**vars(flags), bits=t.bits, length=t.length, num_classes=train_set.num_classes,
+                       class_names=tuple(train_set.class_names), keep=t.keep, keeps=tuple(keep_distribution(t)[0]))
+    check_config(config)
+    for name in ("mode", "width", "depth", "heads", "head_depth", "window", "num_classes") if state else ():
+        if state["config"][name] != getattr(config, name):
+            raise UserError(f"--resume: the run in {config.out} has {name} {state['config'][name]}, this one would have "
+                            f"{getattr(config, name)}; pass the flags that it was started with")
+    run = start_run(config)
+    resume_from = prepare_out(config, run)
+    tokenizer.to(run.device)
+    drawn = config.mode == "mergear"  # the raster baseline sees the target K only
+    train_images = train_set
+    if config.cache != "none":
+        folder, replace = config.cache or os.path.join(config.out, "codes"), config.overwrite and not config.cache
+        train_set = open_codes(os.path.join(folder, "train"), train_set, tokenizer, config, run, config.views, drawn, replace)
+        val_set = open_codes(os.path.join(folder, "val"), val_set, tokenizer, config, run, 1, False, replace)
+    torch.manual_seed(config.seed)  # the same weights on every rank
+
+    raw_model = GPT(config).to(run.device)
+    ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
+    optimizer = adamw(raw_model.named_parameters(), config, BETAS[config.mode], config.weight_decay, run.device)
+    step, skipped = 0, 0
+    if resume_from:
+        for module, name in ((raw_model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            module.load_state_dict(state[name])
+        step, skipped = state["step"], state["skipped"]
+    del state
+
+    model = raw_model
+    if config.compile:
+        raw_model.compile()
+    if run.world > 1:
+        ids = [run.device.index] if run.device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(raw_model, device_ids=ids, broadcast_buffers=False)
+    stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world,
+                     config.workers if config.cache == "none" else 0)
+    micro = config.batch_size // (run.world * config.accum)
+    if run.main:
+        count = sum(p.numel() for p in raw_model.parameters())
+        print(f"{config.model}, {config.mode}: {count / 1e6:.2f}M parameters, {config.num_classes} classes, L = {config.length} "
+              f"codes of d = {config.bits} bits as sub-tokens of {' + '.join(map(str, config.sub_bits))}")
+        if config.mode == "mergear":
+            print(f"K = {config.keep} of {list(config.keeps)}, window {config.window}: {2 + config.keep + config.window} rows of "
+                  f"KV cache a sample, raster has {config.length}; repeats in training by {config.duplicate}")
+        print(f"{len(train_set)} train and {len(val_set)} val images of {config.data}, "
+              f"{config.max_steps} steps of {config.batch_size}")
+
+    metrics_path = os.path.join(config.out, "metrics.jsonl")
+    bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
+    logged_at, logged_step = time.time(), step
+    while True:
+        # evaluate, draw, save: N steps make N + 1 passes here, so that the end is no special case
+        last = step == config.max_steps
+        if step % config.eval_every == 0 and step > 0 or last:
+            scores = evaluate(ema, val_set, tokenizer, config, run)
+            if run.main:
+                append_metrics(metrics_path, step=step, **scores)
+                draw_samples(ema, tokenizer, config, os.path.join(config.out, f"samples_{step:07d}.png"))
+                plot_curves(metrics_path, os.path.join(config.out, "curves.png"), CURVES)
+                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        if run.main and (step % config.save_every == 0 and step > 0 or last):
+            save_checkpoint(ckpt_path, "generator", step=step, skipped=skipped, config=dataclasses.asdict(config),
+                            model=raw_model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                            tokenizer=tokenizer_state, class_names=list(config.class_names))
+        if last:
+            break
+
+        # one optimizer step
+        lr = learning_rate(step, config)
+        step_keep = sample_keep(t, config.seed, step) if drawn else t.keep  # only for --cache none
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # randomness of the whole batch, of which this rank uses its rows; nn.Dropout's alone differs between ranks
+        dropped = torch.rand(config.batch_size, config.length, generator=seeded(config.seed, step, 3)) < config.token_dropout
+        unlabelled = torch.rand(config.batch_size, generator=seeded(config.seed, step, 4)) < config.class_dropout
+        torch.manual_seed(seeded(config.seed, step, run.rank, 5).initial_seed())
+        raw_model.train()
+        logs = {}
+        for m in range(config.accum):
+            codes, source, labels, keep = to_sequence(next(stream), tokenizer, step_keep, run.device)
+            rows = slice((m * run.world + run.rank) * micro, (m * run.world + run.rank + 1) * micro)
+            labels = labels.masked_fill(unlabelled[rows].to(run.device), raw_model.null_class)
+            with contextlib.nullcontext() if m == config.accum - 1 or run.world == 1 else model.no_sync():
+                with run.autocast():
+                    logits = model(codes, labels, *mergear_inputs(config, codes, source, keep), dropped[rows].to(run.device))
+                loss, bits = code_losses(logits, codes, config.sub_bits, config.label_smoothing)
+                (loss.mean() / config.accum).backward()
+            bits = bits.mean((0, 1))
+            for name, value in dict(loss=loss.mean(), bits=bits.sum(), **{f"bits_{s}": b for s, b in enumerate(bits)}).items():
+                logs[name] = logs.get(name, 0.0) + value.detach() / config.accum
+
+        if step == 0:  # every trainable parameter is trained
+            for name, p in raw_model.named_parameters():
+                assert p.grad is not None, f"parameter {name} got no gradient"
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
+        if torch.isfinite(norm):
+            optimizer.step()
+            update_ema(ema, raw_model, config.ema, step)
+        else:
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update(1)
+
+        if step % config.log_every == 0 or step == config.max_steps:
+            logs = {name: mean_over_ranks(value).item() for name, value in logs.items()}
+            for name in train_images.check_skipped():
+                bar.write(f"unreadable image skipped: {name}")
+            speed = (step - logged_step) * config.batch_size / (time.time() - logged_at)
+            logged_at, logged_step = time.time(), step
+            if run.main:
+                append_metrics(metrics_path, step=step, **logs, grad_norm=norm, lr=lr, images_per_s=speed, skipped=skipped)
+                bar.set_postfix(bits=f"{logs['bits']:.3f}", im_s=f"{speed:.0f}", skipped=skipped)
+    bar.close()
+    if run.main:
+        print(f"done: {ckpt_path}, samples_{step:07d}.png, curves.png; next: python generate.py --ckpt {ckpt_path}")
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_main(main)
