@@ -36,9 +36,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data import UserError, batches, build_dataset, image_grid, run_main
-from tokenizer import (RunConfig, adamw, append_metrics, arg, keep_distribution, learning_rate, load_checkpoint, loader_workers, mean_over_ranks,
-                       parse_config, plot_curves, prepare_out, sample_keep, save_checkpoint, seeded, start_run,
-                       tokenizer_from_state, update_ema, val_loader, weights_hash)
+from tokenizer import (RunConfig, adamw, append_metrics, arg, check_batch, keep_distribution, learning_rate, load_checkpoint,
+                       loader_workers, mean_over_ranks, parse_config, plot_curves, prepare_out, sample_keep, save_checkpoint,
+                       seeded, start_run, tokenizer_from_state, update_ema, val_loader, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ class GPTConfig(GPTFlags):
 PAPER = dict(dropout=0.1, token_dropout=0.1, label_smoothing=0.1, window=16, batch_size=1024, max_steps=0, lr=1e-4, lr_schedule="step", warmup=1000,
              head_depth=2, eval_every=5000, save_every=5000)
 
-MODELS = {  # parameters with d = 18 (sub-tokens of 6 + 12 bits), 1,000 classes, L = 1024; without dropout etc. the same
+MODELS = {  # parameters with d = 18 (sub-tokens of 6 + 12 bits), 1,000 classes, L = 1024
     "tiny": {},                                                               # 1.5M with d = 12, 10 classes, L = 64
     "b": dict(PAPER, model="b", width=768, depth=12, heads=12),               # 106M
     "l": dict(PAPER, model="l", width=1024, depth=24, heads=16),              # 343M
@@ -767,6 +767,7 @@ def main(argv=None):
             raise UserError(f"--resume: the run in {config.out} has {name} {state['config'][name]}, this one would have "
                             f"{getattr(config, name)}; pass the flags that it was started with")
     run = start_run(config)
+    check_batch(config, run)
     resume_from = prepare_out(config, run)
     tokenizer.to(run.device)
     drawn = config.mode == "mergear"  # the raster baseline sees the target K only

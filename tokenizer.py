@@ -189,6 +189,13 @@ def mean_over_ranks(x):
     return MeanOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
+def check_batch(config, run):
+    """--batch-size must divide into ranks and micro-batches; raises UserError before anything is written."""
+    if config.batch_size % (run.world * config.accum):
+        raise UserError(f"--batch-size {config.batch_size} does not divide into {run.world} processes x --accum {config.accum}: "
+                        f"pass a multiple of {run.world * config.accum}")
+
+
 def prepare_out(config, run):
     """Make --out. An existing run there needs --resume or --overwrite. Returns the checkpoint to resume from, or None."""
     path = os.path.join(config.out, "ckpt.pt")
@@ -1059,6 +1066,7 @@ def main(argv=None):
     config.max_steps = config.max_steps or max(1, config.epochs * len(train_set) // config.batch_size)
     config.workers = loader_workers(config)
     run = start_run(config)
+    check_batch(config, run)
     resume_from = prepare_out(config, run)
     torch.manual_seed(config.seed)  # the same weights on every rank
 
@@ -1072,9 +1080,12 @@ def main(argv=None):
     step, skipped = 0, 0
     if resume_from:
         state = load_checkpoint(resume_from, "tokenizer", run.device)
-        for module, name in ((raw_model, "model"), (ema, "ema"), (discriminator, "disc"), (optimizer, "optimizer"),
-                             (disc_optimizer, "disc_optimizer")):
-            module.load_state_dict(state[name])
+        try:
+            for module, name in ((raw_model, "model"), (ema, "ema"), (discriminator, "disc"), (optimizer, "optimizer"),
+                                 (disc_optimizer, "disc_optimizer")):
+                module.load_state_dict(state[name])
+        except (RuntimeError, ValueError):
+            raise UserError(f"--resume: the networks in {resume_from} have other sizes; pass the flags that run was started with")
         lecam, center, step, skipped = state["lecam"], state["center"], state["step"], state["skipped"]
 
     model, disc = raw_model, discriminator
@@ -1126,6 +1137,7 @@ def main(argv=None):
         draws = torch.rand(config.batch_size, AUGMENT_DRAWS, generator=seeded(config.seed, step, 2))
         raw_model.train()
         new_lecam, new_center, logs = torch.zeros_like(lecam), torch.zeros_like(center), {}
+        buffers = [b.clone() for b in raw_model.buffers()]  # running statistics, which the forward pass moves
         for m in range(config.accum):
             images, labels = next(stream)
             images = images.to(run.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
@@ -1183,8 +1195,10 @@ def main(argv=None):
             if gan_on:
                 disc_optimizer.step()
                 lecam.lerp_(new_lecam, 0.01 if step > config.disc_start else 1.0)
-        else:
+        else:  # a bad step changes nothing
             skipped += 1
+            for buffer, before in zip(raw_model.buffers(), buffers):
+                buffer.copy_(before)
         optimizer.zero_grad(set_to_none=True)
         disc_optimizer.zero_grad(set_to_none=True)
         step += 1

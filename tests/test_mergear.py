@@ -19,7 +19,7 @@ import dataclasses
 
 import mergear
 from data import UserError
-from mergear import (GPT, MODELS, CompactCache, GPTConfig, code_losses, draw, first_positions, guide, join_codes,
+from mergear import (GPT, MODELS, GPTConfig, code_losses, draw, first_positions, guide, join_codes,
                      load_generator, mergear_mask, sample_codes, split_codes)
 from tokenizer import MergeVQ, TokenizerConfig, save_checkpoint
 
