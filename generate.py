@@ -32,7 +32,7 @@ def parse(argv=None):
     add = lambda name, default, help, **more: parser.add_argument(
         name, type=type(default), default=default, help=f"{help} (default {default})" if default != "" else help, **more)
     add("--ckpt", "out/mergear/ckpt.pt", "checkpoint of mergear.py")
-    add("--cfg", 2.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
+    add("--cfg", 3.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
     add("--temperature", 1.0, "divides the logits; 0: always the most likely code")
     add("--top-k", 0, "sample among the k most likely sub-tokens; 0: all")
     add("--top-p", 1.0, "sample among the most likely sub-tokens that hold this much probability")

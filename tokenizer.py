@@ -1036,7 +1036,8 @@ def evaluate(model, dataset, config, run):
 @torch.no_grad()
 def draw_reconstructions(model, dataset, config, run, path, num=8):
     """PNG: originals, then reconstructions at several K, one row each."""
-    images = torch.stack([dataset[i][0] for i in range(min(num, len(dataset)))])
+    chosen = torch.randperm(len(dataset), generator=seeded(0))[:num].tolist()  # the first of a folder are all of one class
+    images = torch.stack([dataset[i][0] for i in chosen])
     rows, titles = [images], ["original"]
     for keep in sorted({min(config.keeps), config.keep, max(config.keeps), config.length}):
         e = model.encode(images.to(run.device), keep)

@@ -105,7 +105,8 @@ def place(tmp_path_factory):
 
 def train(place, out, *flags, tokenizer="tok.pt"):
     """Run mergear.py in this process at a size for tests. Returns its checkpoint."""
-    main_flags = dict(width=16, heads=2, depth=1, batch_size=8, max_steps=4, warmup=2, log_every=1, eval_every=100, save_every=100)
+    main_flags = dict(width=16, heads=2, depth=1, batch_size=8, max_steps=4, warmup=2, log_every=1, eval_every=100,
+                      save_every=100, token_dropout=0.2, label_smoothing=0.1)
     argv = [part for name, value in main_flags.items() for part in ("--" + name.replace("_", "-"), str(value))]
     mergear.main([*argv, "--tokenizer", str(place / tokenizer), "--device", "cpu", "--out", str(place / out), *flags])
     return torch.load(place / out / "ckpt.pt", weights_only=True)
@@ -423,7 +424,7 @@ def test_accumulation_is_a_bigger_batch(place, cache):
 def test_two_processes_equal_one(place):
     """Catches ranks that see the same images, draw their own K or dropout, or average gradients wrongly."""
     flags = ["--width", "16", "--heads", "2", "--depth", "1", "--batch-size", "8", "--max-steps", "2", "--lr-schedule", "constant",
-             "--tokenizer", str(place / "tok.pt"), "--device", "cpu", "--eval-num", "5"]
+             "--token-dropout", "0.2", "--label-smoothing", "0.1", "--tokenizer", str(place / "tok.pt"), "--device", "cpu", "--eval-num", "5"]
     one = train(place, "one", "--max-steps", "2", "--lr-schedule", "constant", "--eval-num", "5")
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                            os.path.join(ROOT, "mergear.py"), *flags, "--out", str(place / "two"), "--warmup", "2"],
