@@ -116,7 +116,7 @@ def main(argv=None):
     for start in starts:
         wanted = labels[start:start + args.batch_size]
         codes = sample_codes(gpt, wanted, cfg, args.temperature, args.top_k, args.top_p, args.seed, start, keep)
-        images[start:start + len(wanted)] = to_uint8(decode_codes(tokenizer, codes, start))
+        images[start:start + len(wanted)] = to_uint8(decode_codes(gpt, tokenizer, codes, start))
         bar.update(min(len(wanted) * run.world, args.num - bar.n))
     images.flush()
     if run.world > 1:
