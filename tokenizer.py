@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def parse_config(config_class, doc, presets, flag, argv=None):
+def parse_config(config_class, doc, presets=None, flag="", argv=None):
     """Flags from a config dataclass. `presets[name]` (chosen by --flag) replaces defaults; a typed flag beats both.
 
     Raises UserError (one line, exit code 2) on an unknown flag or a value out of range.
@@ -102,13 +102,15 @@ def parse_config(config_class, doc, presets, flag, argv=None):
                 parser.add_argument(name, type=f.type, default=default, choices=meta["choices"], help=text)
         return parser
 
-    first = Parser(add_help=False)
-    default = next(f.default for f in dataclasses.fields(config_class) if f.name == flag)
-    first.add_argument("--" + flag, default=default)
-    name = getattr(first.parse_known_args(argv)[0], flag)
-    if name not in presets:
-        raise UserError(f"--{flag} {name} is not one of {', '.join(presets)}")
-    config = config_class(**vars(build(presets[name]).parse_args(argv)))
+    defaults = {}
+    if presets:
+        first = Parser(add_help=False)
+        first.add_argument("--" + flag, default=next(f.default for f in dataclasses.fields(config_class) if f.name == flag))
+        name = getattr(first.parse_known_args(argv)[0], flag)
+        if name not in presets:
+            raise UserError(f"--{flag} {name} is not one of {', '.join(presets)}")
+        defaults = presets[name]
+    config = config_class(**vars(build(defaults).parse_args(argv)))
     check_ranges(config)
     return config
 
