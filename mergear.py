@@ -331,6 +331,21 @@ class GPT(nn.Module):
         x = self.norm(x).view(shape)
         return [to_logits(x[..., s, :]) for s, to_logits in zip(range(shape[-2]), self.to_logits)]
 
+    def next_sub(self, x, s, past):
+        """head() one row at a time, as generation needs it: x (...,D) is h for s = 0, then the embedding of sub-token s - 1;
+        past: keys and values of the rows before, a pair for each head block, [] at first -> logits (...,2^sub_bits[s]), past."""
+        shape, x, new = x.shape, x.reshape(-1, 1, x.shape[-1]), []
+
+        def attend(q, k, v):
+            if past:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(past[len(new)], (k, v)))
+            new.append((k, v))
+            return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+        for block in self.head_blocks:
+            x = block(x, attend)
+        return self.to_logits[s](self.norm(x)).view(*shape[:-1], -1), new
+
     def forward(self, codes, labels, keep=None, mask=None, order=None, dropped=None):
         """codes (B,N) in the order of the sequence, labels (B,), dropped (B,N) bool: inputs to hide. keep (B,): merge
         count, except in raster mode. mask (B,L,L): of mergear_mask, mergear mode only. order (B,K): rank of each code,
@@ -633,13 +648,13 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
     def pick(h, noise, share):
         """h (R,n,D), noise (B,n,S), share of the codes that will be known after this -> n codes of each sample (B,n)."""
         scale = 1 + (cfg - 1) * share if cfg_schedule == "linear" else cfg
-        subs = torch.empty(*noise.shape[:2], 0, dtype=torch.long, device=h.device)
-        for s in range(len(c.sub_bits)):  # both halves of CFG continue with the same sub-tokens
-            logits = gpt.head(h, subs.repeat(copies, 1, 1))[s].flatten(0, 1)
-            logits = guide(logits, scale) if copies == 2 else logits
-            new = draw(logits, noise[..., s].flatten(), temperature, top_k, top_p)
-            subs = torch.cat([subs, new.view(*subs.shape[:2], 1)], dim=-1)
-        return join_codes(subs, c.sub_bits)
+        subs, past, x = [], [], h
+        for s in range(len(c.sub_bits)):
+            logits, past = gpt.next_sub(x, s, past)                                        # (R,n,2^sub_bits[s])
+            logits = guide(logits, scale) if copies == 2 else logits                       # (B,n,2^sub_bits[s])
+            subs.append(draw(logits.flatten(0, 1), noise[..., s].flatten(), temperature, top_k, top_p).view(noise.shape[:2]))
+            x = gpt.sub_embed[s](subs[-1].repeat(copies, 1))  # both halves of CFG continue with the same sub-tokens
+        return join_codes(torch.stack(subs, dim=-1), c.sub_bits)
 
     def decode(labels, noise, order):
         if copies == 2:

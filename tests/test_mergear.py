@@ -423,6 +423,18 @@ def test_linear_guidance_grows():
 # ---------------------------------------------------------------------------------------------------------------------
 # sampling
 
+def test_sub_tokens_one_at_a_time():
+    """Catches a sub-token that does not see the earlier rows of its own code, or sees another's: next_sub is head()."""
+    gpt = small_gpt(bits=14, head_depth=2)
+    h, codes = torch.randn(5, 3, 32), torch.randint(2 ** 14, (5, 3))
+    subs = split_codes(codes, gpt.config.sub_bits)
+    full, past, x = gpt.head(h, subs[..., :-1]), [], h
+    for s, logits in enumerate(full):
+        one, past = gpt.next_sub(x, s, past)
+        assert torch.allclose(one, logits, atol=1e-5)
+        x = gpt.sub_embed[s](subs[..., s])
+
+
 def test_cfg_formula():
     """Catches the two guidance conventions mixed up: s = 1 is the conditional model, s = 0 the unconditional one."""
     logits = torch.randn(6, 9)
