@@ -35,7 +35,7 @@ def parse(argv=None):
     add = lambda name, default, help, **more: parser.add_argument(
         name, type=type(default), default=default, help=f"{help} (default {default})" if default != "" else help, **more)
     add("--ckpt", "out/mergear/ckpt.pt", "checkpoint of mergear.py")
-    add("--cfg", 3.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
+    add("--cfg", 2.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
     add("--cfg-schedule", "constant", "linear: the scale grows from 1 to --cfg as codes become known", choices=("constant", "linear"))
     add("--cfg-sweep", "", "FIRST:LAST:STEP, scales instead of --cfg: OUT/sweep.png has the same samples at each, one line a scale")
     add("--temperature", 1.0, "divides the logits; 0: always the most likely code")

@@ -61,8 +61,8 @@ class GPTFlags(RunConfig):
     tokenizer: str = arg("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py")
     data: str = arg("", "shapes | image folder | .tar or quoted glob of tar shards; empty: what the tokenizer was trained on")
     out: str = arg("out/mergear", "folder for checkpoint, metrics, pictures and the code cache")
-    width: int = arg(128, "transformer width D", low=4)
-    depth: int = arg(6, "transformer blocks", low=1)
+    width: int = arg(96, "transformer width D", low=4)
+    depth: int = arg(4, "transformer blocks", low=1)
     heads: int = arg(4, "attention heads", low=1)
     head_depth: int = arg(1, "blocks over the sub-tokens of one code, when it has more than one", low=0)
     dropout: float = arg(0.0, "dropout after attention and MLP", low=0.0, high=0.9)
@@ -76,7 +76,7 @@ class GPTFlags(RunConfig):
     views: int = arg(2, "views of each image in the code cache: centre crop, its mirror image, then random crops", low=1)
     cache: str = arg("", "folder of the code cache; empty: OUT/codes; none: encode the images at every step")
     batch_size: int = arg(32, "images an optimizer step, over all ranks and micro-batches", low=1)
-    max_steps: int = arg(1200, "optimizer steps; 0: as many as --epochs makes", low=0)
+    max_steps: int = arg(2200, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(300, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(2e-3, "peak learning rate", low=0.0)
     lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
@@ -85,8 +85,8 @@ class GPTFlags(RunConfig):
     weight_decay: float = arg(0.05, "AdamW weight decay of matrices", low=0.0)
     clip: float = arg(1.0, "gradient norm is clipped to this", low=0.0)
     ema: float = arg(0.999, "decay of the weight average that sampling uses", low=0.0, high=1.0)
-    eval_every: int = arg(600, "steps between evaluations with pictures", low=1)
-    save_every: int = arg(600, "steps between checkpoints", low=1)
+    eval_every: int = arg(1100, "steps between evaluations with pictures", low=1)
+    save_every: int = arg(550, "steps between checkpoints", low=1)
 
 
 @dataclasses.dataclass
@@ -116,7 +116,7 @@ PAPER = dict(dropout=0.1, token_dropout=0.1, label_smoothing=0.1, window=16, bat
              head_depth=2, eval_every=5000, save_every=5000)
 
 MODELS = {  # parameters with d = 18 (sub-tokens of 6 + 12 bits), 1,000 classes, L = 1024
-    "tiny": {},                                                               # 1.4M with d = 12, 10 classes, L = 64
+    "tiny": {},                                                               # 0.54M with d = 9, 10 classes, L = 64
     "b": dict(PAPER, model="b", width=768, depth=12, heads=12),               # 106M
     "l": dict(PAPER, model="l", width=1024, depth=24, heads=16),              # 343M
     "xl": dict(PAPER, model="xl", width=1280, depth=36, heads=20),            # 784M
@@ -645,16 +645,9 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
     noise = noise.float() if device.type == "mps" else noise
     copies = 1 if cfg == 1.0 else 2
 
-    def pick(h, noise, share):
-        """h (R,n,D), noise (B,n,S), share of the codes that will be known after this -> n codes of each sample (B,n)."""
+    def pick(h, noise, share):  # share of the codes that will be known after this
         scale = 1 + (cfg - 1) * share if cfg_schedule == "linear" else cfg
-        subs, past, x = [], [], h
-        for s in range(len(c.sub_bits)):
-            logits, past = gpt.next_sub(x, s, past)                                        # (R,n,2^sub_bits[s])
-            logits = guide(logits, scale) if copies == 2 else logits                       # (B,n,2^sub_bits[s])
-            subs.append(draw(logits.flatten(0, 1), noise[..., s].flatten(), temperature, top_k, top_p).view(noise.shape[:2]))
-            x = gpt.sub_embed[s](subs[-1].repeat(copies, 1))  # both halves of CFG continue with the same sub-tokens
-        return join_codes(torch.stack(subs, dim=-1), c.sub_bits)
+        return pick_codes(gpt, h, noise, copies, scale, temperature, top_k, top_p)
 
     def decode(labels, noise, order):
         if copies == 2:
@@ -667,6 +660,17 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
         return decode_in_turn(gpt, cache, h, noise, copies, pick)
 
     return in_chunks(decode, start, device, labels, noise, order, chunk=chunk)
+
+
+def pick_codes(gpt, h, noise, copies, scale, temperature=1.0, top_k=0, top_p=1.0):
+    """n codes of each sample, sub-token by sub-token: h (copies*B,n,D), noise (B,n,S) uniform -> (B,n)."""
+    subs, past, x = [], [], h
+    for s in range(noise.shape[-1]):
+        logits, past = gpt.next_sub(x, s, past)                                            # (copies*B,n,2^sub_bits[s])
+        logits = guide(logits, scale) if copies == 2 else logits                           # (B,n,2^sub_bits[s])
+        subs.append(draw(logits.flatten(0, 1), noise[..., s].flatten(), temperature, top_k, top_p).view(noise.shape[:2]))
+        x = gpt.sub_embed[s](subs[-1].repeat(copies, 1))  # both halves of CFG continue with the same sub-tokens
+    return join_codes(torch.stack(subs, dim=-1), gpt.config.sub_bits)
 
 
 def draw_orders(config, samples, keep, generator):
@@ -877,7 +881,7 @@ def evaluate(gpt, dataset, tokenizer, config, run):
     return dict(val_bits=sum(bits), **{f"val_bits_{s}": value for s, value in enumerate(bits)})
 
 
-def draw_samples(gpt, tokenizer, config, path, num=16, cfg=2.0):
+def draw_samples(gpt, tokenizer, config, path, num=20, cfg=2.0):
     """PNG: `num` images, the classes in turn, as generate.py makes them."""
     labels = torch.arange(num) % max(1, config.num_classes)
     codes = sample_codes(gpt, labels, cfg if config.num_classes else 1.0, seed=config.seed)
