@@ -196,8 +196,8 @@ class FIDInception(nn.Module):
         super().__init__()
         stem, c = [], 3
         for name, w, kernel, stride, padding in (
-                ("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3, 1, 1), ("pool1", 0, 3, 2, 0),
-                ("Conv2d_3b_1x1", 80, 1, 1, 0), ("Conv2d_4a_3x3", 192, 3, 1, 0), ("pool2", 0, 3, 2, 0)):
+                ("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3, 1, 1),
+                ("pool1", 0, 3, 2, 0), ("Conv2d_3b_1x1", 80, 1, 1, 0), ("Conv2d_4a_3x3", 192, 3, 1, 0), ("pool2", 0, 3, 2, 0)):
             stem.append((name, ConvNorm(c, w // shrink, kernel, stride, padding) if w else nn.MaxPool2d(kernel, stride)))
             c = w // shrink or c
         self.trunk = nn.Sequential(OrderedDict(stem))

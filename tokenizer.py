@@ -980,9 +980,10 @@ def load_weights(kind, path, shapes, unused=()):
     try:
         with open(path, "rb") as f:
             found = hashlib.file_digest(f, "sha256").hexdigest()[:len(digits)]
-        state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"{flag} {path} cannot be read ({e.strerror}): {remedy}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load raises many types on a damaged file; each means the same to the user
         raise UserError(f"{flag} {path} is not a readable weight file ({type(e).__name__}), it may be truncated: {remedy}")
     state = state if isinstance(state, dict) else {}
