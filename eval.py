@@ -14,9 +14,11 @@ hash of the weights, the number of images, the data, the dtype. The metrics are 
 computed in float64 image by image, so no number depends on the batch size.
 """
 
+import contextlib
 import math
 import os
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import torch
@@ -29,8 +31,8 @@ from generate import check_keep
 from mergear import decode_codes, load_generator, sample_codes
 from recovery import (common_flags, enlarge, make_folder, map_scale, merge_map, number, numbers,
                       open_tokenizer, pick_images, val_batches, write_results)
-from tokenizer import (Parser, ResBlock, Run, adamw, code_statistics, load_checkpoint, loader_workers, pick_device, prepare_out, psnr,
-                       save_checkpoint, seeded, weights_hash)
+from tokenizer import (Parser, ResBlock, Run, adamw, code_statistics, load_checkpoint, load_weights, loader_workers, pick_device,
+                       prepare_out, psnr, save_checkpoint, seeded, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,6 +118,123 @@ def bit_balance(counts, d):
     code = torch.arange(2 ** d)
     on = torch.stack([counts[code >> j & 1 == 1].sum() for j in range(d)]).double() / counts.sum()
     return (on - 0.5).abs().max().item(), int(((on == 0) | (on == 1)).sum())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FID's network: the InceptionV3 (1512.00567) that TensorFlow published in 2015, in the file format of pytorch-fid
+
+def inception_blocks():
+    """{block: {branch: its convolutions}}; a convolution is (width, height, width of its kernel), a list of two forks."""
+    def a(pool):
+        return dict(branch1x1=[(64, 1, 1)], branch5x5=[(48, 1, 1), (64, 5, 5)],
+                    branch3x3dbl=[(64, 1, 1), (96, 3, 3), (96, 3, 3)], branch_pool=[(pool, 1, 1)])
+
+    def c(w):
+        return dict(branch1x1=[(192, 1, 1)], branch7x7=[(w, 1, 1), (w, 1, 7), (192, 7, 1)],
+                    branch7x7dbl=[(w, 1, 1), (w, 7, 1), (w, 1, 7), (w, 7, 1), (192, 1, 7)], branch_pool=[(192, 1, 1)])
+
+    fork = [(384, 1, 3), (384, 3, 1)]
+    e = dict(branch1x1=[(320, 1, 1)], branch3x3=[(384, 1, 1), fork], branch3x3dbl=[(448, 1, 1), (384, 3, 3), fork],
+             branch_pool=[(192, 1, 1)])
+    return {"Mixed_5b": a(32), "Mixed_5c": a(64), "Mixed_5d": a(64),
+            "Mixed_6a": dict(branch3x3=[(384, 3, 3)], branch3x3dbl=[(64, 1, 1), (96, 3, 3), (96, 3, 3)]),
+            "Mixed_6b": c(128), "Mixed_6c": c(160), "Mixed_6d": c(160), "Mixed_6e": c(192),
+            "Mixed_7a": dict(branch3x3=[(192, 1, 1), (320, 3, 3)],
+                             branch7x7x3=[(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)]),
+            "Mixed_7b": e, "Mixed_7c": e}
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution without bias, batch normalisation, ReLU."""
+    def __init__(self, c_in, c_out, kernel, stride=1, padding=0):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+        self.relu = nn.ReLU()
+
+
+class InceptionBlock(nn.ModuleDict):
+    """Branches side by side, concatenated. One without a branch_pool halves the grid: stride 2 at each branch's end."""
+    def __init__(self, c_in, branches, shrink, max_pool):
+        super().__init__()
+        self.max_pool, self.halves = max_pool, "branch_pool" not in branches
+        self.branches, self.width = [], c_in if self.halves else 0          # branches: names, in steps, of which some fork
+        for branch, convs in branches.items():
+            steps, c = [], c_in
+            for i, conv in enumerate(convs):
+                forks, names = conv if isinstance(conv, list) else [conv], []
+                for letter, (w, kh, kw) in zip("ab", forks):
+                    names.append(branch + f"_{i + 1}" * (len(convs) > 1) + letter * (len(forks) > 1))
+                    last = self.halves and i == len(convs) - 1
+                    self[names[-1]] = ConvNorm(c, w // shrink, (kh, kw), 2 if last else 1, 0 if last else (kh // 2, kw // 2))
+                steps, c = steps + [names], len(forks) * (w // shrink)
+            self.branches.append(steps)
+            self.width += c
+
+    def forward(self, x):  # (B,C,H,W) -> (B,self.width,H,W) or half of H and W
+        outputs = []
+        for steps in self.branches:
+            h = x
+            if steps[0] == ["branch_pool"]:  # TensorFlow's average leaves the padding out
+                h = F.max_pool2d(x, 3, 1, 1) if self.max_pool else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+            for names in steps:
+                h = torch.cat([self[name](h) for name in names], 1)
+            outputs.append(h)
+        if self.halves:
+            outputs.append(F.max_pool2d(x, 3, 2))
+        return torch.cat(outputs, 1)
+
+
+class FIDInception(nn.Module):
+    """images (B,3,H,W) in [-1,1] of any size -> (features (B,2048), logits (B,1008)), float32 whatever the autocast.
+
+    As pytorch-fid does, the images are resized to 299 x 299, bilinear, align_corners=False, without antialias. The logits
+    leave the last layer's bias out, as in the Inception Score's first code and in ADM's evaluation, whose numbers the papers
+    quote. shrink divides every width (tests).
+    """
+    def __init__(self, shrink=1):
+        super().__init__()
+        stem, c = [], 3
+        for name, w, kernel, stride, padding in (
+                ("Conv2d_1a_3x3", 32, 3, 2, 0), ("Conv2d_2a_3x3", 32, 3, 1, 0), ("Conv2d_2b_3x3", 64, 3, 1, 1),
+                ("pool1", 0, 3, 2, 0), ("Conv2d_3b_1x1", 80, 1, 1, 0), ("Conv2d_4a_3x3", 192, 3, 1, 0), ("pool2", 0, 3, 2, 0)):
+            stem.append((name, ConvNorm(c, w // shrink, kernel, stride, padding) if w else nn.MaxPool2d(kernel, stride)))
+            c = w // shrink or c
+        self.trunk = nn.Sequential(OrderedDict(stem))
+        for name, branches in inception_blocks().items():
+            self.trunk.add_module(name, InceptionBlock(c, branches, shrink, max_pool=name == "Mixed_7c"))
+            c = self.trunk[-1].width
+        self.fc = nn.Linear(c, 1008)
+
+    @torch.no_grad()
+    def forward(self, images):
+        with full_float32(images.device):
+            x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
+            features = self.trunk(x).mean((2, 3))
+            return features, features @ self.fc.weight.T
+
+
+@contextlib.contextmanager
+def full_float32(device):
+    """No autocast and no TF32 inside, which would move the features in the third digit."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def load_inception(path, device="cpu", shrink=1):
+    """pytorch-fid's weight file, or `download` -> FIDInception in eval mode, frozen. Raises UserError."""
+    net = FIDInception(shrink)
+    shapes = {name.removeprefix("trunk."): w.shape for name, w in net.state_dict().items() if not name.endswith("tracked")}
+    state = load_weights("inception", path, shapes, unused=("num_batches_tracked",))
+    net.load_state_dict({name if name.startswith("fc.") else f"trunk.{name}": w for name, w in state.items()})
+    return net.to(device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@
     python tokenizer.py --variant g --data data/imagenet --batch-size 16 --grad-ckpt        # one GPU
     torchrun --nproc_per_node=8 tokenizer.py --variant g --data data/imagenet               # eight GPUs
     python tokenizer.py --resume                                 # go on where the run in --out stopped
+    python tokenizer.py --variant gr --perceptual lpips --lpips-weights download --vgg-weights download --align dinov2 \\
+        --init dinov2 --teacher-weights download                 # the full versions; a path instead of download works too
 
 An image becomes L tokens (a CNN or patch grid), a transformer merges them to K while it runs (ToMe), each merged token
 becomes d bits (LFQ), and `source` says for each of the L positions which of the K tokens stands for it:
@@ -366,10 +368,16 @@ class TokenizerConfig(RunConfig):
     recovery_width: int = arg(96, "source recovery width", low=8)
     recovery_heads: int = arg(4, "source recovery attention heads", low=1)
     # losses; the weights of Table A1 are in PAPER below
-    perceptual: str = arg("stub", "perceptual loss: stub (fixed edge filters) or none", choices=("stub", "none"))
+    perceptual: str = arg("stub", "perceptual loss: stub (fixed edge filters), lpips (needs two weight files), none",
+                          choices=("stub", "lpips", "none"))
+    lpips_weights: str = arg("", "--perceptual lpips: path of its v0.1 vgg.pth, or download")
+    vgg_weights: str = arg("", "--perceptual lpips: path of torchvision's vgg16-397923af.pth, or download")
     align: str = arg("ema", "teacher of the class token: ema (self-distillation), label, dinov2, none",
                      choices=("ema", "label", "dinov2", "none"))
-    align_dim: int = arg(256, "outputs of the alignment head; --align label sets it to the class count", low=2)
+    align_dim: int = arg(256, "outputs of the alignment head; label sets it to the class count, dinov2 to 768", low=2)
+    teacher_weights: str = arg("", "--align and --init dinov2: path of dinov2_vitb14_pretrain.pth, or download")
+    teacher_size: int = arg(224, "--align dinov2: side of what it sees in pixels, a multiple of 14", low=14)
+    init: str = arg("random", "encoder transformer: random, or dinov2 by weight selection", choices=("random", "dinov2"))
     w_rec: float = arg(10.0, "weight of L2 reconstruction", low=0.0)
     w_perceptual: float = arg(1.0, "weight of the perceptual loss", low=0.0)
     w_disc: float = arg(0.1, "weight of the adversarial loss, times the adaptive weight", low=0.0)
@@ -445,6 +453,15 @@ def check_config(config):
             raise UserError(f"{names}: {width} is not divisible by {heads}")
     if not c.patch and c.base * c.mult[-1] != c.width or c.base * c.mult[-1] != c.dec_width:
         raise UserError(f"--base {c.base} times the last --mult {c.mult[-1]} must equal --width and --dec-width ({c.width}, {c.dec_width})")
+    if c.align == "dinov2" and c.teacher_size % DINOV2["patch"]:
+        raise UserError(f"--teacher-size {c.teacher_size} is not a multiple of the patch, {DINOV2['patch']}; pass one that is")
+    if c.init == "dinov2":
+        head = DINOV2["width"] // DINOV2["heads"]
+        for name, value, most in (("--width", c.width, DINOV2["width"]), ("--depth", c.depth, DINOV2["depth"]),
+                                  ("--heads", c.heads, DINOV2["heads"]), ("--width / --heads", c.width // c.heads, head)):
+            if value > most:
+                raise UserError(f"{name} {value} is more than DINOv2's {most}: --init dinov2 selects from a larger network; "
+                                f"pass at most {most}, or --init random")
     if any(c.base * m % c.norm_groups for m in c.mult):
         raise UserError(f"--norm-groups {c.norm_groups} does not divide every CNN width {[c.base * m for m in c.mult]}")
 
@@ -921,6 +938,199 @@ def load_tokenizer(path, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Full versions: networks that others trained, from their own public weight files. Frozen, in eval mode, outside DDP, the
+# optimizers, EMA and checkpoints. Nothing is fetched unless a flag says `download`.
+
+OFFICIAL = {  # what it is, the flag that takes its path, where it is published, first digits of its sha256. Two of the files
+    # carry these digits in their names; those of DINOv2 and LPIPS are what others recorded who pinned them.
+    "dinov2": ("DINOv2 ViT-B/14", "--teacher-weights",
+               "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
+    "vgg16": ("torchvision's VGG16", "--vgg-weights", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
+    "lpips": ("LPIPS v0.1 for VGG16", "--lpips-weights",
+              "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
+              "a78928a0af1e5f0f"),
+    "inception": ("pytorch-fid's InceptionV3", "--inception-weights",
+                  "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
+                  "6726825d"),
+}
+
+
+def load_weights(kind, path, shapes, unused=()):
+    """A public weight file -> {name: tensor}, exactly the names of `shapes` (name -> shape) in exactly these shapes.
+
+    kind is a key of OFFICIAL; path a file, or `download` for the official one, which is kept where torch.hub keeps its files.
+    Names that start or end with one of `unused` may be there besides. A file of the right format that is not the official one
+    is used, and that is said. Raises UserError on a missing, truncated or wrong file and on a download that failed.
+    """
+    what, flag, url, digits = OFFICIAL[kind]
+    remedy = f"pass {flag} with the path of {os.path.basename(url)}, or {flag} download to fetch {url}"
+    if not path:
+        raise UserError(f"{what} is needed: {remedy}")
+    download, local_rank = path == "download", int(os.environ.get("LOCAL_RANK", 0))
+    if download:
+        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+        if dist.is_initialized() and local_rank > 0:
+            dist.barrier()                                    # the node's first process fetches for all
+        try:
+            if not os.path.exists(path):
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                torch.hub.download_url_to_file(url, path, hash_prefix=digits)
+        except (OSError, RuntimeError) as e:                  # no connection, no space, another sha256
+            raise UserError(f"{flag} download: {url} could not be fetched to {path} ({e}); pass the path of a copy")
+        if dist.is_initialized() and local_rank == 0:
+            dist.barrier()
+    try:
+        with open(path, "rb") as f:
+            found = hashlib.file_digest(f, "sha256").hexdigest()[:len(digits)]
+    except OSError as e:
+        raise UserError(f"{flag} {path} cannot be read ({e.strerror}): {remedy}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load raises many types on a damaged file; each means the same to the user
+        raise UserError(f"{flag} {path} is not a readable weight file ({type(e).__name__}), it may be truncated: {remedy}")
+    state = state if isinstance(state, dict) else {}
+    wrong = [f"{name} is missing" for name in shapes if not isinstance(state.get(name), torch.Tensor)]
+    wrong += [f"{name} is unknown" for name in map(str, state)
+              if name not in shapes and not name.startswith(unused) and not name.endswith(unused)]
+    wrong += [f"{name} has shape {tuple(state[name].shape)}, not {tuple(shape)}" for name, shape in shapes.items()
+              if not wrong and state[name].shape != shape]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"{flag} {path} does not hold {what} ({wrong[0]}{more}): {remedy}")
+    if found != digits:
+        message = f"{flag} {path} has sha256 {found}..., the official file {digits}..."
+        if download:
+            raise UserError(f"{message}: delete it and it will be fetched anew")
+        if local_rank == 0:
+            print(f"note: {message}; results may not compare with others'")
+    return {name: state[name] for name in shapes}
+
+
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))      # widths; max pooling between the tuples
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance v0.1 (1801.03924) on VGG16: images a, b (B,3,H,W) in [-1,1], 16 px or more -> (B,).
+
+    The unit-normalised features of both images after the last ReLU of each stage are compared: squared difference, weighted
+    by channel, averaged over positions, summed over stages. Float32 also under autocast; gradients reach the images only.
+    """
+    def __init__(self):
+        super().__init__()
+        layers, c = [], 3
+        for i, widths in enumerate(VGG16):
+            layers += [nn.MaxPool2d(2)] if i > 0 else []
+            for w in widths:
+                layers += [nn.Conv2d(c, w, 3, padding=1), nn.ReLU()]
+                c = w
+        self.features = nn.Sequential(*layers)                                 # torchvision's names
+        self.heads = nn.ParameterList(torch.empty(1, widths[-1], 1, 1) for widths in VGG16)
+        # upstream's constants: the ImageNet mean and std in [-1,1], rounded
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+
+    def forward(self, a, b):
+        with torch.autocast(a.device.type, enabled=False):
+            a, b = ((x.float() - self.shift) / self.scale for x in (a, b))
+            distance, heads = 0.0, iter(self.heads)
+            for layer, following in zip(self.features, [*self.features[1:], None]):
+                a, b = layer(a), layer(b)
+                if following is None or isinstance(following, nn.MaxPool2d):   # the end of a stage
+                    unit_a, unit_b = (x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) for x in (a, b))
+                    distance = distance + ((unit_a - unit_b).square() * next(heads)).sum(1).mean((1, 2))
+            return distance
+
+
+def load_lpips(lpips_path, vgg_path, device="cpu"):
+    """The heads' file (lpips' v0.1/vgg.pth) and torchvision's VGG16 file, or `download` -> LPIPS, frozen. Raises UserError."""
+    net = LPIPS()
+    vgg = load_weights("vgg16", vgg_path, {k: v.shape for k, v in net.state_dict().items() if k.startswith("features.")},
+                       unused=("classifier.",))
+    heads = load_weights("lpips", lpips_path, {f"lin{i}.model.1.weight": w.shape for i, w in enumerate(net.heads)})
+    net.load_state_dict({**vgg, **{f"heads.{i}": w for i, w in enumerate(heads.values())}})
+    return net.to(device).eval().requires_grad_(False)
+
+
+DINOV2 = dict(width=768, depth=12, heads=12, patch=14, grid=37)   # ViT-B/14; its position table was trained at 37 x 14 = 518 px
+
+
+class DINOv2(nn.Module):
+    """Class token of DINOv2 (2304.07193): images (B,3,H,W) in [-1,1] of any size -> (B,width), after the last LayerNorm.
+
+    `side` resizes to that many pixels a side (bicubic, antialiased), a multiple of the patch; 0: to the nearest multiples.
+    """
+    def __init__(self, width, depth, heads, patch, grid):
+        super().__init__()
+        self.patch, self.grid = patch, grid
+        self.stem = nn.Conv2d(3, width, patch, stride=patch)
+        self.cls, self.position = nn.Parameter(torch.empty(1, 1, width)), nn.Parameter(torch.empty(1, 1 + grid * grid, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        for m in self.modules():
+            if isinstance(m, nn.LayerNorm):
+                m.eps = 1e-6
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's, in [0,1]
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images, side=0):
+        x, p = (images.float() + 1) / 2, self.patch
+        size = (side, side) if side else tuple(max(1, round(n / p)) * p for n in x.shape[2:])
+        if size != x.shape[2:]:
+            x = F.interpolate(x, size, mode="bicubic", antialias=True)
+        x = self.stem((x - self.mean) / self.std)                                          # (B,D,h,w)
+        position, (h, w) = self.position[:, 1:], x.shape[2:]
+        if (h, w) != (self.grid, self.grid):  # the published models stretch the table by (h + 0.1) / grid, not h / grid
+            table = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            table = F.interpolate(table, scale_factor=((h + 0.1) / self.grid, (w + 0.1) / self.grid), mode="bicubic")
+            position = table.flatten(2).transpose(1, 2)                                    # (1,h*w,D)
+        x = x.flatten(2).transpose(1, 2) + position
+        x = torch.cat([(self.cls + self.position[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x, _, _ = block(x)
+        return self.norm(x[:, 0])
+
+
+def load_dinov2(path, device="cpu"):
+    """The published file, or `download` -> DINOv2, frozen. Raises UserError."""
+    net, theirs = DINOv2(**DINOV2), {}
+    for name, tensor in net.state_dict().items():
+        file_name = name
+        for a, b in (("stem", "patch_embed.proj"), ("cls", "cls_token"), ("position", "pos_embed"), ("scale1", "ls1.gamma"),
+                     ("scale2", "ls2.gamma"), ("mlp.up", "mlp.fc1"), ("mlp.down", "mlp.fc2")):
+            file_name = file_name.replace(a, b)
+        theirs[name] = file_name
+    state = load_weights("dinov2", path, {theirs[name]: w.shape for name, w in net.state_dict().items()}, unused=("mask_token",))
+    net.load_state_dict({name: state[file_name] for name, file_name in theirs.items()})
+    return net.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def select_weights(encoder, larger):
+    """Weight selection (2311.18823): the encoder's transformer takes uniformly spaced elements of a larger one's.
+
+    Along every dimension of m elements, element i is element floor(i n / m) of the larger one's n; likewise blocks along the
+    depth. Rows of qkv and columns of proj are (head, element of the head), so q stays q and a head's elements stay together.
+    """
+    def select(target, source):
+        for dim, (m, n) in enumerate(zip(target.shape, source.shape)):
+            source = source.index_select(dim, torch.arange(m, device=source.device) * n // m)
+        target.copy_(source)
+
+    select(encoder.cls, larger.cls)
+    for i, block in enumerate(encoder.blocks):
+        other = larger.blocks[i * len(larger.blocks) // len(encoder.blocks)]
+        for (name, target), source in zip(block.named_parameters(), other.parameters()):
+            heads = block.attn.heads, other.attn.heads
+            if name.startswith("attn.qkv"):                                                # (3 h D/h, ...) -> (3,h,D/h,...)
+                target, source = (w.unflatten(0, (3, h, -1)) for w, h in zip((target, source), heads))
+            elif name == "attn.proj.weight":                                               # (D, h D/h) -> (D,h,D/h)
+                target, source = (w.unflatten(1, (h, -1)) for w, h in zip((target, source), heads))
+            select(target, source)
+    for target, source in zip(encoder.norm.parameters(), larger.norm.parameters()):
+        select(target, source)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Losses: plain functions, float32, names as in the paper. main() logs each unweighted and weighted.
 
 def perceptual_stub(a, b):
@@ -962,9 +1172,18 @@ def adaptive_weight(rec_loss, gan_loss, last_layer):
 
 
 def align_loss(student, teacher, center):
-    """Eq. 10, cross-entropy of the teacher's sharpened and centred distribution (DINO 2104.14294 temperatures)."""
+    """Eq. 10 against the EMA teacher: cross-entropy of its sharpened and centred distribution (DINO 2104.14294 temperatures)."""
     target = ((teacher - center) / 0.04).softmax(-1)
     return -(target * (student / 0.1).log_softmax(-1)).sum(-1).mean()
+
+
+def distill_loss(student, teacher, T=4.0):
+    """Eq. 10 against DINOv2, as the release has it: T^2 KL(softmax(teacher / T) || softmax(student / T)), (B,C) twice -> 0-d.
+
+    Eq. 10 is the cross-entropy of the two: the KL plus the teacher's entropy, which has no gradient.
+    """
+    log_p, log_q = (teacher / T).log_softmax(-1), (student / T).log_softmax(-1)
+    return T ** 2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
 def keep_distribution(config):
@@ -1058,22 +1277,30 @@ CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", 
 def main(argv=None):
     config = parse_config(TokenizerConfig, __doc__, VARIANTS, "variant", argv)
     check_config(config)
-    if config.align == "dinov2":
-        raise UserError("--align dinov2 is not built yet: pass --align ema, label or none")
     train_set = build_dataset(config.data, "train", config.size, train=True, seed=config.seed)
     val_set = build_dataset(config.data, "val", config.size, train=False)
     if config.align == "label":
         if train_set.num_classes < 2:
             raise UserError(f"--align label needs class folders, but --data {config.data} has no labels; pass --align ema")
         config.align_dim = train_set.num_classes
+    elif config.align == "dinov2":
+        config.align_dim = DINOV2["width"]
     config.max_steps = config.max_steps or max(1, config.epochs * len(train_set) // config.batch_size)
     config.workers = loader_workers(config)
     run = start_run(config)
     check_batch(config, run)
+    perceptual = perceptual_stub
+    if config.perceptual == "lpips":
+        perceptual = load_lpips(config.lpips_weights, config.vgg_weights, run.device).to(memory_format=torch.channels_last)
+    select = config.init == "dinov2" and not config.resume
+    if config.align == "dinov2" or select:
+        dinov2 = load_dinov2(config.teacher_weights, run.device)
     resume_from = prepare_out(config, run)
     torch.manual_seed(config.seed)  # the same weights on every rank
 
     raw_model = MergeVQ(config).to(run.device, memory_format=torch.channels_last)
+    if select:
+        select_weights(raw_model.encoder, dinov2)
     discriminator = Discriminator(config).to(run.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     optimizer = adamw(raw_model.named_parameters(), config, (config.beta1, config.beta2), 0.0, run.device)
@@ -1149,19 +1376,25 @@ def main(argv=None):
             with contextlib.nullcontext() if sync or run.world == 1 else model.no_sync(), run.autocast():
                 out = model(images, keep)
             losses = dict(rec=F.mse_loss(out.images, images), commit=F.mse_loss(out.encoded.z, out.encoded.z.detach().sign()))
-            if config.perceptual == "stub":
-                losses["perceptual"] = perceptual_stub(out.images, images)
+            if config.perceptual != "none":
+                losses["perceptual"] = perceptual(out.images, images).mean()
             sample_entropy, codebook_entropy = lfq_entropy(out.encoded.z, config.tau)
             losses["entropy"] = sample_entropy - codebook_entropy
             losses["recovery"] = F.cross_entropy(out.recovery.flatten(0, 1), out.encoded.source.flatten())
             if config.align == "label":
                 losses["align"] = F.cross_entropy(out.align, labels.to(run.device))
-            elif config.align == "ema":  # view u is the training crop, view v is augmented strongly
+            elif config.align != "none":  # view u is the training crop, view v is augmented strongly
                 view = augment(images, draws[rows].to(run.device))
                 with torch.no_grad(), run.autocast():
-                    teacher = ema.align_head(ema.encode(view, keep).cls).float()
-                losses["align"] = align_loss(out.align, teacher, center)
-                new_center += mean_over_ranks(teacher.mean(0)) / config.accum
+                    if config.align == "dinov2":
+                        teacher = dinov2(view, config.teacher_size).float()
+                    else:
+                        teacher = ema.align_head(ema.encode(view, keep).cls).float()
+                if config.align == "dinov2":
+                    losses["align"] = distill_loss(out.align, teacher)
+                else:
+                    losses["align"] = align_loss(out.align, teacher, center)
+                    new_center += mean_over_ranks(teacher.mean(0)) / config.accum
             weights = dict(rec=config.w_rec, perceptual=config.w_perceptual, commit=config.w_commit, entropy=config.w_entropy,
                            recovery=config.w_recovery, align=config.w_align)
             if gan_on:
