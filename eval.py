@@ -17,9 +17,12 @@ computed in float64 image by image, so no number depends on the batch size.
 import math
 import os
 import sys
+import zipfile
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -27,10 +30,10 @@ from tqdm import tqdm
 from data import UserError, batches, build_dataset, image_grid, run_main, to_uint8
 from generate import check_keep
 from mergear import decode_codes, load_generator, sample_codes
-from recovery import (common_flags, enlarge, make_folder, map_scale, merge_map, number, numbers,
-                      open_tokenizer, pick_images, val_batches, write_results)
-from tokenizer import (Parser, ResBlock, Run, adamw, code_statistics, load_checkpoint, loader_workers, pick_device, prepare_out, psnr,
-                       save_checkpoint, seeded, weights_hash)
+from recovery import (common_flags, enlarge, gather, make_folder, map_scale, merge_map, number, numbers, open_tokenizer,
+                      pick_images, share, val_batches, write_results)
+from tokenizer import (Parser, ResBlock, Run, adamw, code_statistics, load_checkpoint, loader_workers, pick_device,
+                       prepare_out, psnr, save_checkpoint, seeded, start_run, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,6 +64,26 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
 
 
+class Moments:
+    """Mean and covariance of rows that come in batches, for a Frechet distance. Sums in float64 over images, not means
+    over batches: neither the batch size nor the number of processes changes the result beyond the last digits."""
+    def __init__(self):
+        self.num, self.sum, self.outer = 0, 0.0, 0.0
+
+    def add(self, rows):  # (B,D) float64
+        self.num += len(rows)
+        self.sum += rows.sum(0)
+        self.outer += rows.T @ rows
+
+    def statistics(self, run):
+        """-> (mu (D,), sigma (D,D)) over the rows of all ranks; sigma divides by N - 1, as np.cov does."""
+        num, total, outer = (gather(torch.as_tensor(x)[None], run).sum(0) for x in (self.num, self.sum, self.outer))
+        if num < 2:
+            raise UserError("the covariance of 1 image is not defined: pass a larger --num, or --features none")
+        mu = total / num
+        return mu, (outer - num * torch.outer(mu, mu)) / (num - 1)
+
+
 def inception_score(probs, splits=10, seed=0):
     """probs (N,C), a class distribution a sample -> (mean, std) over `splits` parts of exp(mean KL(p || mean p)).
 
@@ -81,6 +104,27 @@ def inception_score(probs, splits=10, seed=0):
         scores.append(divergence.mean().exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+def precision_recall(real, fake, k=3, chunk=1000):
+    """Improved precision and recall (1904.06991) of features real (N,D), fake (M,D) -> (precision, recall).
+
+    Precision: the share of fakes that lie in a ball around some real image, whose radius is the distance from that image
+    to its k-th nearest other real image. Recall: the same with the roles exchanged. Both grow with the number of images
+    that the balls are drawn around, so compare at equal N and M.
+    """
+    real, fake = check_finite("real features", real), check_finite("fake features", fake)
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"precision and recall of {len(real)} and {len(fake)} images: {k} neighbours need {k + 1} at least")
+
+    def radii(x):  # an image is its own nearest neighbour, so one more is asked for
+        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
+
+    def covered(x, centers):
+        radius = radii(centers)
+        return torch.cat([(torch.cdist(part, centers) <= radius).any(1) for part in x.split(chunk)]).double().mean().item()
+
+    return covered(fake, real), covered(real, fake)
 
 
 SSIM_WINDOW = 11
@@ -119,40 +163,132 @@ def bit_balance(counts, d):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Features: what a fixed network sees in an image. Frechet distance, Inception Score, precision and recall look at nothing else
+
+CLASSIFIER = "out/classifier/ckpt.pt"  # where train-classifier writes
+
+
+class Features(NamedTuple):
+    """A frozen network with what its numbers are called, and what to record beside them."""
+    network: nn.Module  # images (B,3,H,W) float32 in [-1,1] -> features (B,D), logits (B,C)
+    frechet: str        # fd, or FID for the Inception network that the name stands for
+    score: str          # is-clf, or IS
+    judge: dict         # the classifier's checkpoint: config, class_names, val_accuracy; empty for Inception
+    record: dict        # for the result file
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """Images on any device -> features (B,D), logits (B,C), float64 on the CPU; computed in float32, never autocast."""
+        device = next(self.network.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            features, logits = self.network(images.to(device).float())
+        return check_finite("features", features.cpu()), check_finite("logits", logits.cpu())
+
+
+def load_inception(path, device):
+    """PLUG IN (issue 4, full versions): weights file -> module, images in [-1,1] -> features (B,2048), logits (B,1008)."""
+    raise UserError("--features inception is not built yet: pass --features classifier")
+
+
+def load_lpips(args, device):
+    """PLUG IN (issue 4, full versions): --lpips-weights -> module, two (B,3,H,W) in [-1,1] -> distance (B,)."""
+    raise UserError(f"--lpips-weights {args.lpips_weights}: LPIPS is not built yet; leave the flag out")
+
+
+def open_features(args, size, run, required=True):
+    """--features for images of `size` px (0: any) -> Features. None for `none`, and where neither a classifier was named nor
+    the default one exists, unless `required`."""
+    if args.features == "none":
+        return None
+    torch.set_float32_matmul_precision("highest")  # no TF32: a Frechet distance is compared with those of other machines
+    torch.backends.cudnn.allow_tf32 = False
+    if args.features == "inception":
+        network, judge, names = load_inception(args.inception_weights, run.device), {}, ("FID", "IS")
+    elif not required and args.classifier == CLASSIFIER and not os.path.exists(CLASSIFIER):
+        print(f"there is no {CLASSIFIER}, so no Frechet distance is measured: `python eval.py train-classifier` makes one",
+              file=sys.stderr)
+        return None
+    else:
+        network, judge = load_classifier(args.classifier, run.device)
+        names = ("fd", "is-clf")
+        if size and judge["config"]["size"] != size:
+            raise UserError(f"--classifier {args.classifier} judges images of {judge['config']['size']} px, but these have "
+                            f"{size} px: train one on the same --data and --size")
+    record = dict(features=args.features, features_hash=weights_hash(network.state_dict()))
+    if judge:
+        record.update(classifier=args.classifier, val_accuracy=judge["val_accuracy"])
+    return Features(network, *names, judge, record)
+
+
+def labelled(name, num):
+    """FID of 10,000 images -> "FID-10k": whatever was not measured on the customary 50,000 says so in its name."""
+    if num == 50_000:
+        return name
+    return f"{name}-{num // 1000}k" if num >= 10_000 and num % 1000 == 0 else f"{name}-{num}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # recon: how well the tokenizer gives images back
 
 @torch.no_grad()
 def recon(args, argv):
     model, dataset, run = open_tokenizer(args)
     config = model.config
+    features = open_features(args, config.size, run, required=False)
+    lpips = load_lpips(args, run.device) if args.lpips_weights else None
     keeps = args.keep or sorted({config.keep, config.length})
     counts = {keep: torch.zeros(2 ** config.bits, dtype=torch.long) for keep in keeps}
-    values = {keep: [] for keep in keeps}                                             # (b,3) each: psnr, ssim, recovery
-    for images, _ in val_batches(dataset, args.num, args, "recon"):
+    values = {keep: [] for keep in keeps}                                # (b,3 or 4) each: psnr, ssim, recovery, lpips
+    real, decoded_moments = Moments(), {keep: Moments() for keep in keeps}
+    for images, _ in val_batches(dataset, args.num, args, "recon", run):
         images = images.to(run.device)
+        if features:  # the reference: the very crops that were encoded
+            real.add(features(images)[0])
         for keep in keeps:
             with run.autocast():
                 encoded = model.encode(images, keep)
                 predicted, decoded = model.recover(encoded.codes), model.decode(encoded.codes, encoded.source)
             pair = (decoded, images) if run.device.type != "mps" else (decoded.cpu(), images.cpu())     # MPS has no float64
-            hits = (predicted == encoded.source).cpu().double().mean(1)
-            values[keep].append(torch.stack([psnr(*pair).cpu(), ssim(*pair).cpu(), hits], 1))
+            columns = [psnr(*pair), ssim(*pair), (predicted == encoded.source).float().mean(1)]
+            if lpips:
+                columns.append(lpips(decoded.clamp(-1, 1), images))
+            values[keep].append(torch.stack([column.double().cpu() for column in columns], 1))
             counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** config.bits)
+            if features:
+                decoded_moments[keep].add(features(eight_bit(decoded))[0])
+
+    rows = []
+    if features:
+        name, reference = labelled("r" + features.frechet, args.num), real.statistics(run)
+    for keep in keeps:
+        table, seen = gather(torch.cat(values[keep]), run), gather(counts[keep][None], run).sum(0)
+        check_finite(f"PSNR, SSIM, LPIPS at K = {keep}", table.masked_fill(table == math.inf, 0))      # equal images: PSNR inf
+        p, s, hits, *distance = table.mean(0).tolist()
+        usage, perplexity = code_statistics(seen)
+        imbalance, dead = bit_balance(seen, config.bits)
+        row = dict(keep=keep, psnr=p if p < math.inf else "inf", ssim=s, usage=usage, perplexity=perplexity,
+                   bit_imbalance=imbalance, dead_bits=dead, recovery_accuracy=hits, codes_seen=int(seen.sum()))
+        if lpips:
+            row["lpips"] = distance[0]
+        if features:
+            row[name] = frechet_distance(*reference, *decoded_moments[keep].statistics(run))
+        rows.append(row)
+    unreadable = int(gather(torch.tensor([len(dataset.skipped())]), run).sum())
+    if not run.main:
+        return
 
     print(f"{args.ckpt} on {args.num} val images of {args.data}, {config.size} px, L = {config.length}, "
           f"{run.dtype} on {run.device}")
+    more = ([("lpips", "LPIPS", 4)] if lpips else []) + ([(name, name, 3)] if features else [])        # key, title, digits
     print(f"{'K':>5} {'PSNR':>7} {'SSIM':>7} {'usage':>7} {'perplexity':>11} {'bit imbalance':>14} {'dead bits':>10} "
-          f"{'recovery':>9}")
-    results = []
-    for keep in keeps:
-        p, s, hits = check_finite(f"PSNR, SSIM at K = {keep}", torch.cat(values[keep])).mean(0).tolist()
-        usage, perplexity = code_statistics(counts[keep])
-        imbalance, dead = bit_balance(counts[keep], config.bits)
-        print(f"{keep:5} {p:7.2f} {s:7.4f} {usage:7.1%} {perplexity:11.1f} {imbalance:14.3f} {dead:10} {hits:9.2%}")
-        results.append(dict(keep=keep, psnr=p, ssim=s, usage=usage, perplexity=perplexity, bit_imbalance=imbalance,
-                            dead_bits=dead, recovery_accuracy=hits, codes_seen=int(counts[keep].sum())))
+          f"{'recovery':>9}" + "".join(f" {title:>10}" for _, title, _ in more))
+    for row in rows:
+        print(f"{row['keep']:5} {float(row['psnr']):7.2f} {row['ssim']:7.4f} {row['usage']:7.1%} {row['perplexity']:11.1f} "
+              f"{row['bit_imbalance']:14.3f} {row['dead_bits']:10} {row['recovery_accuracy']:9.2%}"
+              + "".join(f" {row[key]:10.{digits}f}" for key, _, digits in more))
     write_results(os.path.join(args.out, "recon.json"), "eval.py", argv, args, run, size=config.size, bits=config.bits,
-                  tokenizer=weights_hash(model.state_dict()), weights="ema", unreadable=len(dataset.skipped()), results=results)
+                  tokenizer=weights_hash(model.state_dict()), weights="ema", **(features.record if features else {}),
+                  reference="the same val crops", unreadable=unreadable, results=rows)
 
     images = pick_images(dataset, 8, args.seed)
     rows = [images]
@@ -171,6 +307,8 @@ def recon(args, argv):
 @torch.no_grad()
 def maps(args, argv):
     model, dataset, run = open_tokenizer(args)
+    if not run.main:  # one picture needs one process
+        return
     images = pick_images(dataset, args.num, args.seed)
     scale = map_scale(images.shape[-1])
     rows, titles = [enlarge(images, scale)], ["image"]
@@ -188,7 +326,7 @@ def maps(args, argv):
 # train-classifier: a judge for class-conditional samples that needs no download
 
 class Classifier(nn.Module):
-    """Small residual CNN: (B,3,size,size) -> (B,num_classes) logits. 0.3M parameters at 32 px."""
+    """Small residual CNN: (B,3,size,size) -> pooled features (B,c), logits (B,num_classes). 0.3M parameters at 32 px."""
     def __init__(self, size, num_classes):
         super().__init__()
         stages = max(2, round(math.log2(size / 4)))           # the last one works on 4 x 4 or so
@@ -201,14 +339,15 @@ class Classifier(nn.Module):
         self.to_logits = nn.Linear(c, num_classes)
 
     def forward(self, images):
-        return self.to_logits(self.features(images).mean((2, 3)))
+        pooled = self.features(images).mean((2, 3))
+        return pooled, self.to_logits(pooled)
 
 
 @torch.no_grad()
 def accuracy(model, labelled_batches, run):
     """Share of images that the classifier assigns to their label, over batches of (images, labels)."""
-    hits = [model(images.to(run.device)).argmax(1).cpu() == labels for images, labels in labelled_batches]
-    return torch.cat(hits).double().mean().item()
+    hits = [model(images.to(run.device))[1].argmax(1).cpu() == labels for images, labels in labelled_batches]
+    return gather(torch.cat(hits), run).double().mean().item()
 
 
 def train_classifier(args, argv):
@@ -229,7 +368,7 @@ def train_classifier(args, argv):
     for step in bar:
         images, labels = next(stream)
         with run.autocast():
-            logits = model(images.to(device))
+            _, logits = model(images.to(device))
         loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
         loss.backward()
         optimizer.step()
@@ -255,10 +394,101 @@ def load_classifier(path, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# gen: does the generator draw what it was asked for?
+# stats: what generated images are compared with
+
+def statistics_of(dataset, features, args, run):
+    """mu (D,), sigma (D,D) of the features of all centre crops of a data set."""
+    moments = Moments()
+    for images, _ in val_batches(dataset, len(dataset), args, "reference", run):
+        moments.add(features(images)[0])
+    return moments.statistics(run)
+
+
+def reference_hash(mu, sigma):
+    return weights_hash(dict(mu=torch.as_tensor(mu), sigma=torch.as_tensor(sigma)))
+
+
+def stats(args, argv):
+    if args.features == "inception" and not args.size:
+        raise UserError("--features inception takes any image size: pass --size, that of the images which you will compare")
+    run = start_run(args)
+    features = open_features(args, args.size, run)
+    args.size = args.size or features.judge["config"]["size"]
+    dataset = build_dataset(args.data, "train", args.size, train=False)
+    args.num = len(dataset)
+    make_folder(args.out)
+    mu, sigma = statistics_of(dataset, features, args, run)
+    if not run.main:
+        return
+    path = os.path.join(args.out, "stats.npz")
+    np.savez(f"{path}.tmp.npz", mu=mu, sigma=sigma, features_hash=features.record["features_hash"], size=args.size, num=args.num)
+    os.replace(f"{path}.tmp.npz", path)
+    write_results(os.path.join(args.out, "stats.json"), "eval.py", argv, args, run, size=args.size, split="train",
+                  reference_hash=reference_hash(mu, sigma), unreadable=len(dataset.skipped()), **features.record)
+    print(f"{args.num} training images of {args.data}, {args.size} px, {len(mu)} features; wrote {path}: "
+          f"python eval.py gen --features {args.features} --reference {path}")
+
+
+class Reference(NamedTuple):
+    mu: torch.Tensor     # (D,)
+    sigma: torch.Tensor  # (D,D)
+    rows: torch.Tensor   # (M,D) features of real images, for precision and recall; None when there are no images at hand
+    record: dict
+
+
+def read_reference(path, features, size):
+    """npz of `stats`, or ADM's -> (mu (D,), sigma (D,D), real images (M,H,W,3) uint8 or None). Raises UserError."""
+    try:
+        with np.load(path) as file:
+            mu, sigma, made_with = file["mu"], file["sigma"], str(file.get("features_hash", ""))
+            pixels, made_size = file.get("arr_0"), int(file.get("size", size))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as e:
+        raise UserError(f"--reference {path} cannot be read ({e}): pass an npz with mu and sigma, as `eval.py stats` writes it")
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"--reference {path}: mu is {mu.shape}, sigma {sigma.shape}; (D,) and (D,D) are needed")
+    if made_with != features.record["features_hash"] and (made_with or features.judge):  # ADM's files name no network
+        raise UserError(f"--reference {path} was not made with these {features.record['features']} features: "
+                        "make another one by `python eval.py stats`")
+    if made_size != size:
+        raise UserError(f"--reference {path} was made of images of {made_size} px, but these have {size} px: "
+                        f"make another one by `python eval.py stats --size {size}`")
+    return torch.as_tensor(mu).double(), torch.as_tensor(sigma).double(), pixels
+
+
+def open_reference(args, features, size, run):
+    """--reference, or else all training images of --data -> Reference. The real images beside it: those in the file, or as
+    many as --num, drawn from the training images by the seed."""
+    if not args.reference and not args.data:
+        raise UserError("there is nothing to compare with: pass --reference, or --data with the training images")
+    dataset = build_dataset(args.data, "train", size, train=False) if args.data else None
+    pixels = None
+    if args.reference:
+        mu, sigma, pixels = read_reference(args.reference, features, size)
+    else:
+        mu, sigma = statistics_of(dataset, features, args, run)
+    rows = None
+    if pixels is not None:
+        rows = torch.cat([features(images)[0] for images, _ in file_batches(pixels, args, run)])
+    elif dataset is not None:
+        chosen = subset(len(dataset), args.num, args.seed)
+        rows = torch.cat([features(images)[0] for images, _ in val_batches(dataset, chosen, args, "real images", run)])
+    return Reference(mu, sigma, None if rows is None else gather(rows, run),
+                     dict(reference=args.reference or f"train split of {args.data}", reference_hash=reference_hash(mu, sigma)))
+
+
+def subset(total, num, seed):
+    """`num` places of 0 ... total - 1 drawn by the seed, in order; all of them when num is 0 or more than there are."""
+    if num == 0 or num >= total:
+        return list(range(total))
+    return sorted(np.random.default_rng(seed).choice(total, num, replace=False).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gen: are the samples like the training images, and what they were asked to be?
 
 def eight_bit(images):
-    """Images as a file would hold them: (B,3,H,W) in [-1,1] -> the same rounded to 8 bits."""
+    """Images as a file would hold them: (B,3,H,W) in [-1,1] -> the same rounded to 8 bits, on the CPU."""
+    check_finite("images", images.cpu())
     return from_uint8(to_uint8(images))
 
 
@@ -267,89 +497,132 @@ def from_uint8(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+class Drawn(NamedTuple):
+    """Generated images, however they come."""
+    labels: torch.Tensor  # (N,) asked classes
+    size: int
+    num_classes: int      # of the generator; of a file, the highest label + 1
+    streams: object       # yields (cfg, batches), and batches yields (images (b,3,H,W), place of the first)
+    tokenizer: object     # MergeVQ; None for a file
+    record: dict
+
+
 def read_samples(path, num):
-    """npz of images (arr_0, uint8 NHWC) and asked classes (arr_1) -> (images in [-1,1], labels), the first num; 0: all."""
+    """npz of images (arr_0, uint8 NHWC) and asked classes (arr_1) -> both as arrays, the first num; 0: all."""
     try:
         with np.load(path) as file:
             pixels, labels = file["arr_0"], file["arr_1"]
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as e:
         raise UserError(f"--samples {path} cannot be read ({e}): pass an npz with images in arr_0 and labels in arr_1")
     fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and labels.shape == pixels.shape[:1]
-    if not fits or not len(labels):
+    if not fits or not len(labels) or labels.min() < 0:
         raise UserError(f"--samples {path}: arr_0 is {pixels.dtype} {pixels.shape}, arr_1 {labels.shape}; "
-                        "uint8 (N,H,W,3) and (N,) are needed")
+                        "uint8 (N,H,W,3) and (N,) class ids are needed")
     num = num or len(labels)
-    return from_uint8(pixels[:num]), torch.from_numpy(labels[:num].astype(np.int64))
+    return pixels[:num], labels[:num].astype(np.int64)
 
 
-def class_agreement(classifier, images, labels, batch_size, run):
-    """Images, asked classes -> (share that the classifier assigns to its asked class, the share of each class)."""
-    predicted = torch.cat([classifier(part.to(run.device)).argmax(1).cpu() for part in images.split(batch_size)])
-    hits = (predicted == labels).double()
-    return hits.mean().item(), {int(c): hits[labels == c].mean().item() for c in labels.unique()}
+def file_batches(pixels, args, run):
+    """Images of a file, this rank's share: yields (images, place of the first)."""
+    rows = share(len(pixels), run)
+    for start in range(rows.start, rows.stop, args.batch_size):
+        yield from_uint8(pixels[start:min(start + args.batch_size, rows.stop)]), start
 
 
-def open_file(args, judge):
-    """--samples -> (labels (N,), [(None, images)], what to record)."""
-    images, labels = read_samples(args.samples, args.num)
-    size, classes = judge["config"]["size"], judge["config"]["num_classes"]
-    if images.shape[2:] != (size, size) or not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(f"--samples {args.samples} has images of {tuple(images.shape[2:])} px and classes {int(labels.min())} to "
-                        f"{int(labels.max())}, but --classifier {args.classifier} judges {size} px and {classes} classes")
-    args.ckpt, args.num = args.samples, len(images)
-    return labels, [(None, images)], {}
+@torch.no_grad()
+def drawn_batches(gpt, tokenizer, labels, cfg, args, run):
+    """Draw images as generate.py does, image i a function of (seed, i) and its class; this rank's share."""
+    rows, keep = share(len(labels), run), check_keep(args.keep, gpt.config)
+    starts = range(rows.start, rows.stop, args.batch_size)
+    for start in tqdm(starts, f"cfg {cfg}", dynamic_ncols=True, leave=False, disable=not run.main):
+        wanted = labels[start:min(start + args.batch_size, rows.stop)]
+        codes = sample_codes(gpt, wanted, cfg, args.temperature, args.top_k, args.top_p, args.seed, start, keep)
+        yield decode_codes(tokenizer, codes, start).float(), start
 
 
-def open_generator(args, judge, classifier, run):
-    """--ckpt -> (labels (N,), iterator over (cfg, images), what to record). Measures the tokenizer's part on the way."""
+def open_samples(args, run):
+    """--samples -> Drawn."""
+    pixels, labels = read_samples(args.samples, args.num)
+    args.ckpt, args.num = args.samples, len(pixels)
+    streams = [(None, file_batches(pixels, args, run))]
+    return Drawn(torch.from_numpy(labels), pixels.shape[1], int(labels.max()) + 1, streams, None, {})
+
+
+def open_generator(args, run):
+    """--ckpt -> Drawn, one stream for each --cfg."""
     gpt, tokenizer = load_generator(args.ckpt, run.device)
-    size, classes = judge["config"]["size"], judge["config"]["num_classes"]
-    if gpt.config.num_classes != classes or tokenizer.config.size != size:
-        raise UserError(f"--ckpt {args.ckpt} draws {gpt.config.num_classes} classes at {tokenizer.config.size} px, but "
-                        f"--classifier {args.classifier} judges {classes} at {size} px: train one on the same --data, --size")
     if args.num < 1:
         raise UserError("--num 0 means all of --samples; pass how many images the generator shall draw")
-    args.data = args.data or tokenizer.config.data
-    reconstructed = reconstructed_accuracy(classifier, tokenizer, args, run)
-    print(f"the classifier is right on {reconstructed:.1%} of val images that went through the tokenizer")
+    keep, num_classes = check_keep(args.keep, gpt.config), gpt.config.num_classes
     record = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), weights="ema",
-                  reconstructed_accuracy=reconstructed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                  keep=check_keep(args.keep, gpt.config))
-    gpt = gpt.to(run.dtype)
-    labels = torch.arange(args.num) % classes
-    return labels, ((cfg, draw_images(gpt, tokenizer, labels, cfg, args)) for cfg in args.cfg), record
+                  temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, keep=keep)
+    args.data = args.data or tokenizer.config.data
+    gpt, labels = gpt.to(run.dtype), torch.arange(args.num) % max(1, num_classes)
+    scales = args.cfg if num_classes else [1.0]  # without classes there is nothing to guide
+    streams = ((cfg, drawn_batches(gpt, tokenizer, labels, cfg, args, run)) for cfg in scales)
+    return Drawn(labels, tokenizer.config.size, num_classes, streams, tokenizer, record)
 
 
 @torch.no_grad()
 def gen(args, argv):
-    device, dtype = pick_device(args.device, args.dtype)
-    run = Run(0, 1, device, dtype)
-    classifier, judge = load_classifier(args.classifier, device)
+    run = start_run(args)
+    drawn = open_samples(args, run) if args.samples else open_generator(args, run)
+    if args.num < 10:
+        raise UserError(f"{args.num} samples are too few for any of the measures: pass --num of at least 10")
+    features = open_features(args, drawn.size, run)
+    record, judge = {**drawn.record, **features.record}, features.judge
+    if judge:
+        classes = judge["config"]["num_classes"]
+        if classes < drawn.num_classes or drawn.tokenizer and classes != drawn.num_classes:
+            raise UserError(f"{args.ckpt} has samples of {drawn.num_classes} classes, but --classifier {args.classifier} judges "
+                            f"{classes}: train one on the same --data")
+        args.data = args.data or judge["config"].get("data", "")
     make_folder(args.out)
-    labels, draws, record = open_file(args, judge) if args.samples else open_generator(args, judge, classifier, run)
-    print(f"the classifier is right on {judge['val_accuracy']:.1%} of {judge['val_num']} real val images")
-    print(f"{'cfg':>6} {'samples':>8} {'judged as asked':>16}")
-    names, results = judge["class_names"], []
-    for cfg, images in draws:
-        share, per_class = class_agreement(classifier, eight_bit(images), labels, args.batch_size, run)
-        print(f"{'-' if cfg is None else cfg:>6} {len(images):8} {share:16.1%}")
-        results.append(dict(cfg=cfg, agreement=share, per_class={names[c]: v for c, v in per_class.items()}))
+    reference = open_reference(args, features, drawn.size, run)
+    if judge and drawn.tokenizer:
+        record["reconstructed_accuracy"] = reconstructed_accuracy(features.network, drawn.tokenizer, args, run)
+    device = run.device if run.device.type == "cuda" else "cpu"  # MPS has no float64
+    fd, score = labelled(features.frechet, args.num), labelled(features.score, args.num)
+    if run.main:
+        if judge:
+            print(f"the classifier is right on {judge['val_accuracy']:.1%} of {judge['val_num']} real val images")
+        if "reconstructed_accuracy" in record:
+            print(f"and on {record['reconstructed_accuracy']:.1%} of {args.num} that went through the tokenizer")
+        print(f"{args.num} samples against {reference.record['reference']}")
+        print(f"{'cfg':>6} {fd:>10} {score:>16} {'precision':>9} {'recall':>7} {'judged as asked':>16}")
+
+    results = []
+    for cfg, stream in drawn.streams:
+        moments, rows, logits, shown = Moments(), [], [], []
+        for images, start in stream:
+            seen, guess = features(eight_bit(images))
+            moments.add(seen)
+            rows.append(seen)
+            logits.append(guess)
+            shown += images.cpu() if run.main and start < 40 else []
+        mu, sigma = moments.statistics(run)
+        rows, probs = gather(torch.cat(rows), run), gather(torch.cat(logits), run).softmax(1)
+        if not run.main:
+            continue
+        mean, std = inception_score(probs, 10, args.seed)
+        row = {"cfg": cfg, fd: frechet_distance(reference.mu, reference.sigma, mu, sigma), score: mean, f"{score}_std": std}
+        if reference.rows is not None:
+            row["precision"], row["recall"] = precision_recall(reference.rows.to(device), rows.to(device))
+        if judge:
+            hits, names = (probs.argmax(1) == drawn.labels).double(), judge["class_names"]
+            row["agreement"] = hits.mean().item()
+            row["per_class"] = {names[c]: hits[drawn.labels == c].mean().item() for c in drawn.labels.unique()}
+        cell = lambda key, form: format(row[key], form) if key in row else "-"
+        print(f"{'-' if cfg is None else cfg:>6} {row[fd]:10.3f} {mean:8.3f} +- {std:4.2f} {cell('precision', '.3f'):>9} "
+              f"{cell('recall', '.3f'):>7} {cell('agreement', '.1%'):>16}")
+        results.append(row)
         picture = os.path.join(args.out, "samples.png" if cfg is None else f"samples_cfg{cfg:g}.png")
-        image_grid(images[:40], picture, labels=[names[c] for c in labels[:40]], columns=10)
-    write_results(os.path.join(args.out, "gen.json"), "eval.py", argv, args, run, size=judge["config"]["size"],
-                  classifier=args.classifier, classifier_hash=weights_hash(classifier.state_dict()),
-                  val_accuracy=judge["val_accuracy"], **record, results=results)
-    print(f"wrote {args.out}/gen.json and pictures")
-
-
-def draw_images(gpt, tokenizer, labels, cfg, args):
-    """Class ids (N,) -> images (N,3,H,W), as generate.py draws them: image i depends on (seed, i) and its class alone."""
-    images, keep = [], check_keep(args.keep, gpt.config)
-    for start in tqdm(range(0, len(labels), args.batch_size), f"cfg {cfg}", dynamic_ncols=True, leave=False):
-        codes = sample_codes(gpt, labels[start:start + args.batch_size], cfg, args.temperature, args.top_k, args.top_p,
-                             args.seed, start, keep)
-        images.append(decode_codes(tokenizer, codes, start).cpu())
-    return check_finite("samples", torch.cat(images)).float()
+        titles = [judge["class_names"][c] if judge else int(c) for c in drawn.labels[:40]]
+        image_grid(torch.stack(shown[:40]), picture, labels=titles, columns=10)
+    if run.main:
+        write_results(os.path.join(args.out, "gen.json"), "eval.py", argv, args, run, size=drawn.size, **record,
+                      **reference.record, real_images=0 if reference.rows is None else len(reference.rows), results=results)
+        print(f"wrote {args.out}/gen.json and pictures")
 
 
 def reconstructed_accuracy(classifier, tokenizer, args, run):
@@ -357,7 +630,7 @@ def reconstructed_accuracy(classifier, tokenizer, args, run):
     dataset = build_dataset(args.data, "val", tokenizer.config.size, train=False)
 
     def reconstructions():
-        for images, labels in val_batches(dataset, args.num, args, "reconstruct"):
+        for images, labels in val_batches(dataset, args.num, args, "reconstruct", run):
             with run.autocast():
                 encoded = tokenizer.encode(images.to(run.device))
                 decoded = tokenizer.decode(encoded.codes, encoded.source)
@@ -371,7 +644,7 @@ def reconstructed_accuracy(classifier, tokenizer, args, run):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="recon | maps | train-classifier | gen")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="recon | maps | train-classifier | stats | gen")
 
     def command(name, function, help, ckpt, out, num):
         p = commands.add_parser(name, description=help)
@@ -379,9 +652,16 @@ def main(argv=None):
         common_flags(p, ckpt, out, num)
         return p
 
-    tokenizer = "out/tokenizer/ckpt.pt"
+    def feature_flags(p, choices):
+        p.add_argument("--features", default="classifier", choices=choices, help="what a Frechet distance sees (default classifier)")
+        p.add_argument("--classifier", default=CLASSIFIER, help=f"checkpoint of train-classifier (default {CLASSIFIER})")
+        p.add_argument("--inception-weights", default="", help="weights file of the FID Inception network")
+
+    tokenizer, some = "out/tokenizer/ckpt.pt", ("classifier", "inception")
     p = command("recon", recon, "Reconstruction quality and code usage on val.", tokenizer, "out/recon", 0)
     p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: the checkpoint's target, and L)")
+    p.add_argument("--lpips-weights", default="", help="weights file: also report LPIPS")
+    feature_flags(p, (*some, "none"))
     p = command("maps", maps, "Picture of which patches merge.", tokenizer, "out/maps", 8)
     p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: the checkpoint's smallest and target, and L)")
 
@@ -399,10 +679,22 @@ def main(argv=None):
     p.add_argument("--workers", type=number(int, -1), default=-1, help="loader processes, -1: none for shapes, else up to 8")
     p.add_argument("--overwrite", action="store_true", help="replace the classifier in --out")
 
-    p = command("gen", gen, "Share of samples that the classifier assigns to the asked class.", "out/mergear/ckpt.pt",
-                "out/gen", 500)
+    p = commands.add_parser("stats", description="Feature statistics of all training images, for gen --reference.")
+    p.set_defaults(function=stats, ckpt=None, seed=0, dtype="float32")
+    p.add_argument("--data", default="shapes", help="data set (default shapes)")
+    p.add_argument("--size", type=number(int, 0), default=0, help="image side in pixels (default: the classifier's)")
+    p.add_argument("--out", default="out/stats", help="folder for stats.npz (default out/stats)")
+    p.add_argument("--device", default="auto", help="auto (cuda > mps > cpu) or a torch device")
+    p.add_argument("--batch-size", type=number(int, 1), default=64, help="images at a time (default 64); no result depends on it")
+    p.add_argument("--workers", type=number(int, -1), default=-1, help="loader processes, -1: none for shapes, else up to 8")
+    feature_flags(p, some)
+
+    p = command("gen", gen, "Compare samples with training images, and with the classes that were asked for.",
+                "out/mergear/ckpt.pt", "out/gen", 500)
     p.set_defaults(seed=0)
-    p.add_argument("--classifier", default="out/classifier/ckpt.pt", help="checkpoint of train-classifier")
+    feature_flags(p, some)
+    p.add_argument("--reference", default="", help="npz with mu and sigma (stats writes one; ADM's fits --features inception); "
+                   "default: all training images of --data")
     p.add_argument("--samples", default="", help="judge this npz (arr_0 uint8 NHWC, arr_1 labels) and not --ckpt")
     p.add_argument("--cfg", type=numbers(float, 0), default=[1.0, 1.5, 2.0, 3.0], help="guidance scales (default 1,1.5,2,3)")
     p.add_argument("--temperature", type=number(float, 0), default=1.0, help="of the sampler (default 1)")
@@ -411,6 +703,8 @@ def main(argv=None):
     p.add_argument("--keep", type=number(int, 1), help="merge count told to a mergear model (default: its own)")
     args = parser.parse_args(argv)
     args.function(args, argv)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -23,12 +23,13 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import UserError, build_dataset, image_grid, run_main
-from tokenizer import Parser, Run, load_tokenizer, loader_workers, merge_schedule, pick_device, psnr, weights_hash
+from tokenizer import Parser, load_tokenizer, loader_workers, merge_schedule, psnr, start_run, weights_hash
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -70,16 +71,16 @@ def common_flags(parser, ckpt, out, num):
 
 def open_tokenizer(args):
     """Flags -> (MergeVQ with EMA weights, val data set, Run). Fills in the flags whose default the checkpoint knows."""
-    device, dtype = pick_device(args.device, args.dtype)
-    model = load_tokenizer(args.ckpt, device)
+    model = load_tokenizer(args.ckpt)
     args.data = args.data or model.config.data
     args.seed = model.config.seed if args.seed is None else args.seed
     dataset = build_dataset(args.data, "val", model.config.size, train=False)
     args.num = min(args.num, len(dataset)) or len(dataset)
     for keep in args.keep or ():
         merge_schedule(model.config.length, keep, model.config.depth)  # raises UserError on a K that cannot be reached
+    run = start_run(args)
     make_folder(args.out)
-    return model, dataset, Run(0, 1, device, dtype)
+    return model.to(run.device), dataset, run
 
 
 def make_folder(path):
@@ -89,11 +90,29 @@ def make_folder(path):
         raise UserError(f"--out {path} cannot be made ({e.strerror}); pass another folder")
 
 
-def val_batches(dataset, num, args, title):
-    """The first `num` images in order, with a progress bar: yields (images, labels)."""
-    subset = Subset(dataset, range(min(num, len(dataset))))
-    loader = DataLoader(subset, batch_size=args.batch_size, num_workers=loader_workers(args))
-    yield from tqdm(loader, title, dynamic_ncols=True, leave=False)
+def share(num, run):
+    """The block of 0 ... num - 1 that is this rank's, as a range: the blocks of all ranks, one after the other, are the whole."""
+    if num < run.world:
+        raise UserError(f"{num} images are fewer than {run.world} processes: pass a larger --num, or start fewer")
+    return range(num * run.rank // run.world, num * (run.rank + 1) // run.world)
+
+
+def gather(rows, run):
+    """Rows (n,...) of this rank's share, a CPU tensor -> (N,...) rows of all ranks in the order of the images."""
+    if run.world == 1:
+        return rows
+    parts = [None] * run.world
+    dist.all_gather_object(parts, rows)
+    return torch.cat(parts)
+
+
+def val_batches(dataset, num, args, title, run=None):
+    """The first `num` images, or those of a list, in order; with `run` this rank's share. Yields (images, labels)."""
+    rows = range(min(num, len(dataset))) if isinstance(num, int) else num
+    if run is not None:
+        rows = [rows[i] for i in share(len(rows), run)]
+    loader = DataLoader(Subset(dataset, rows), batch_size=args.batch_size, num_workers=loader_workers(args))
+    yield from tqdm(loader, title, dynamic_ncols=True, leave=False, disable=run is not None and not run.main)
     for name in dataset.check_skipped():
         print(f"unreadable, the next image was measured in its place: {name}", file=sys.stderr)
 

@@ -229,27 +229,38 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """Checkpoint of an untrained classifier for 16 px and ten classes."""
+    torch.manual_seed(1)
+    path = str(tmp_path_factory.mktemp("judge") / "ckpt.pt")
+    save_checkpoint(path, "classifier", model=Classifier(16, 10).state_dict(), class_names=list("abcdefghij"), val_accuracy=0.1,
+                    val_num=1000, config=dict(size=16, num_classes=10, data="shapes"))
+    return path
+
+
 def read_json(*path):
     with open(os.path.join(*path)) as f:
         return json.load(f)
 
 
-def test_recon_writes_what_it_says(checkpoint, tmp_path, capsys):
+def test_recon_writes_what_it_says(checkpoint, judge, tmp_path, capsys):
     """A table that differs from the file, a record that lacks what one needs to compare, a batch that is dropped."""
     results = []
     for batch_size in (20, 7):
         out = str(tmp_path / str(batch_size))
         evaluation.main(["recon", "--ckpt", checkpoint, "--num", "20", "--keep", "16,64", "--batch-size", str(batch_size),
-                         "--device", "cpu", "--out", out])
+                         "--device", "cpu", "--classifier", judge, "--out", out])
         record = read_json(out, "recon.json")
         results.append(record["results"])
         assert Image.open(os.path.join(out, "recon.png")).width > 100
         text = capsys.readouterr().out
         for row in record["results"]:
-            assert f"{row['psnr']:.2f}" in text and f"{row['perplexity']:.1f}" in text
+            assert f"{row['psnr']:.2f}" in text and f"{row['perplexity']:.1f}" in text and f"{row['rfd-20']:.3f}" in text
     assert record["num"] == 20 and record["size"] == 16 and record["data"] == "shapes" and record["dtype"] == "float32"
     assert record["seed"] == 0 and record["weights"] == "ema" and "--keep 16,64" in record["command"]
-    assert record["tokenizer"] == weights_hash(torch.load(checkpoint)["ema"])
+    assert record["tokenizer"] == weights_hash(torch.load(checkpoint)["ema"]) and record["reference"] == "the same val crops"
+    assert record["features"] == "classifier" and record["features_hash"] == weights_hash(torch.load(judge)["model"])
     assert [row["keep"] for row in results[0]] == [16, 64]
     for a, b in zip(*results):
         assert a == pytest.approx(b, rel=1e-4), "the numbers depend on the batch size"
@@ -259,7 +270,7 @@ def test_recon_writes_what_it_says(checkpoint, tmp_path, capsys):
 def test_recon_equals_the_definition(checkpoint, tmp_path):
     """Usage of the last batch only, metrics of other images than the centre crops, an unweighted mean over batches."""
     evaluation.main(["recon", "--ckpt", checkpoint, "--num", "10", "--keep", "25", "--batch-size", "4", "--device", "cpu",
-                     "--out", str(tmp_path)])
+                     "--features", "none", "--out", str(tmp_path)])
     row, = read_json(tmp_path, "recon.json")["results"]
     model = load_tokenizer(checkpoint)
     dataset = evaluation.build_dataset("shapes", "val", 16, train=False, seed=0)
@@ -309,36 +320,43 @@ def test_classifier_learns_and_loads(tmp_path, capsys):
     dataset = evaluation.build_dataset("shapes", "val", 16, train=False)
     images = torch.stack([dataset[i][0] for i in range(200)])
     np.savez(tmp_path / "samples.npz", evaluation.to_uint8(images), np.arange(200) % 10)
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(64), sigma=np.eye(64), arr_0=evaluation.to_uint8(images[:50]),
+             features_hash=weights_hash(model.state_dict()))
     evaluation.main(["gen", "--samples", str(tmp_path / "samples.npz"), "--num", "0", "--classifier", f"{out}/ckpt.pt",
-                     "--device", "cpu", "--out", str(tmp_path / "gen")])
+                     "--reference", str(tmp_path / "reference.npz"), "--device", "cpu", "--out", str(tmp_path / "gen")])
     record = read_json(tmp_path, "gen", "gen.json")
     with torch.no_grad():
-        expected = (model(images).argmax(1) == torch.arange(200) % 10).double().mean().item()
-    assert record["num"] == 200 and record["val_accuracy"] == state["val_accuracy"]
+        expected = (model(images)[1].argmax(1) == torch.arange(200) % 10).double().mean().item()
+    assert record["num"] == 200 and record["val_accuracy"] == state["val_accuracy"] and record["real_images"] == 50
     assert record["results"][0]["agreement"] == pytest.approx(expected, abs=0.011)  # 8 bits may move an image over a border
     assert set(record["results"][0]["per_class"]) == set(state["class_names"])
 
 
-def test_gen_draws_and_judges(checkpoint, tmp_path):
+def test_gen_draws_and_judges(checkpoint, judge, tmp_path):
     """Labels of another batch beside the images, images that depend on --batch-size, a cfg that is recorded but not used."""
     torch.manual_seed(0)
-    path, judge = str(tmp_path / "gpt.pt"), str(tmp_path / "classifier.pt")
+    path = str(tmp_path / "gpt.pt")
     config = GPTConfig(mode="raster", width=16, depth=1, heads=2, bits=6, length=64, num_classes=10, keep=25, keeps=(16, 25, 36))
     state = torch.load(checkpoint)
     gpt = GPT(config)
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3)
     save_checkpoint(path, "generator", config=vars(config), ema=gpt.state_dict(), tokenizer=dict(config=state["config"], ema=state["ema"]))
-    save_checkpoint(judge, "classifier", model=Classifier(16, 10).state_dict(), class_names=list("abcdefghij"), val_accuracy=0.1,
-                    val_num=1000, config=dict(size=16, num_classes=10))
+    reference = str(tmp_path / "reference.npz")
+    images = random_images(20)
+    with torch.no_grad():
+        mu, sigma = load_classifier(judge)[0](images)[0].mean(0), torch.eye(64)
+    np.savez(reference, mu=mu, sigma=sigma, arr_0=evaluation.to_uint8(images), features_hash=weights_hash(torch.load(judge)["model"]))
     records = []
     for batch_size in (12, 5):
         out = str(tmp_path / str(batch_size))
         evaluation.main(["gen", "--ckpt", path, "--classifier", judge, "--num", "12", "--cfg", "1,2.5", "--batch-size", str(batch_size),
-                         "--device", "cpu", "--out", out])
+                         "--reference", reference, "--device", "cpu", "--out", out])
         records.append(read_json(out, "gen.json"))
         assert {"samples_cfg1.png", "samples_cfg2.5.png"} < set(os.listdir(out))
-    assert records[0]["results"] == records[1]["results"]
+    for a, b in zip(*(record["results"] for record in records)):
+        assert a.pop("per_class") == b.pop("per_class") and a == pytest.approx(b, rel=1e-6)
+        assert {"fd-12", "is-clf-12", "precision", "recall", "agreement"} < set(a)
     assert [row["cfg"] for row in records[0]["results"]] == [1.0, 2.5] and records[0]["seed"] == 0
     assert records[0]["generator"] == weights_hash(gpt.state_dict()) and records[0]["tokenizer"] == weights_hash(state["ema"])
     with open(tmp_path / "12" / "samples_cfg1.png", "rb") as a, open(tmp_path / "12" / "samples_cfg2.5.png", "rb") as b:
@@ -348,7 +366,8 @@ def test_gen_draws_and_judges(checkpoint, tmp_path):
 @pytest.mark.parametrize("size", (8, 16, 32, 64, 96, 256))
 def test_classifier_at_any_size(size):
     """A stage too many: pooling a map of one pixel fails only for small images."""
-    assert Classifier(size, 7)(torch.zeros(2, 3, size, size)).shape == (2, 7)
+    features, logits = Classifier(size, 7)(torch.zeros(2, 3, size, size))
+    assert len(features) == 2 and features.dim() == 2 and logits.shape == (2, 7)
 
 
 def test_eight_bit_round_trip(tmp_path):
@@ -360,7 +379,7 @@ def test_eight_bit_round_trip(tmp_path):
     assert (rounded - images).abs().max() <= 1 / 255 + 1e-6
     np.savez(tmp_path / "s.npz", evaluation.to_uint8(images), np.array([4, 2]))
     read, labels = read_samples(tmp_path / "s.npz", 0)
-    assert torch.equal(read, rounded) and labels.tolist() == [4, 2]
+    assert torch.equal(from_uint8(read), rounded) and labels.tolist() == [4, 2]
     assert len(read_samples(tmp_path / "s.npz", 1)[0]) == 1
 
 
@@ -369,7 +388,7 @@ MISTAKES = {
     "unknown command": (evaluation, ["frobnicate"], "frobnicate"),
     "unknown flag": (evaluation, ["recon", "--kep", "3"], "--kep"),
     "no checkpoint": (evaluation, ["recon", "--ckpt", "no/where.pt"], "no/where.pt"),
-    "other kind": (evaluation, ["gen", "--classifier", "CKPT"], "classifier"),
+    "other kind": (evaluation, ["recon", "--ckpt", "CKPT", "--classifier", "CKPT"], "classifier"),
     "keep > L": (evaluation, ["maps", "--ckpt", "CKPT", "--keep", "65"], "--keep"),
     "keep is no number": (evaluation, ["recon", "--ckpt", "CKPT", "--keep", "16,many"], "--keep"),
     "negative number": (evaluation, ["recon", "--ckpt", "CKPT", "--num", "-3"], "--num"),
