@@ -14,6 +14,10 @@ hash of the weights, the number of images, the data, the dtype. The metrics are 
 computed in float64 image by image, so no number depends on the batch size.
 """
 
+import contextlib
+import copy
+import dataclasses
+import functools
 import math
 import os
 import sys
@@ -25,6 +29,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import UserError, batches, build_dataset, image_grid, run_main, to_uint8
@@ -32,8 +38,10 @@ from generate import check_keep
 from mergear import decode_codes, load_generator, sample_codes
 from recovery import (common_flags, enlarge, gather, make_folder, map_scale, merge_map, number, numbers, open_tokenizer,
                       pick_images, share, val_batches, write_results)
-from tokenizer import (Parser, ResBlock, Run, adamw, code_statistics, load_checkpoint, loader_workers, pick_device,
-                       prepare_out, psnr, save_checkpoint, seeded, start_run, weights_hash)
+from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, adamw, append_metrics, arg, check_batch, code_statistics,
+                       codes_to_bits, learning_rate, load_checkpoint, load_tokenizer, loader_workers, mean_over_ranks,
+                       merge_schedule, parse_config, pick_device, plot_curves, plot_rows, prepare_out, psnr, save_checkpoint,
+                       seeded, start_run, update_ema, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,6 +184,10 @@ class Features(NamedTuple):
     judge: dict         # the classifier's checkpoint: config, class_names, val_accuracy; empty for Inception
     record: dict        # for the result file
 
+    def r_name(self, num):
+        """Name of the distance between reconstructions and their originals: rFID, rfd-1000."""
+        return labelled("r" + self.frechet, num)
+
     @torch.no_grad()
     def __call__(self, images):
         """Images on any device -> features (B,D), logits (B,C), float64 on the CPU; computed in float32, never autocast."""
@@ -231,18 +243,18 @@ def labelled(name, num):
 # recon: how well the tokenizer gives images back
 
 @torch.no_grad()
-def recon(args, argv):
-    model, dataset, run = open_tokenizer(args)
-    config = model.config
-    features = open_features(args, config.size, run, required=False)
-    lpips = load_lpips(args, run.device) if args.lpips_weights else None
-    keeps = args.keep or sorted({config.keep, config.length})
-    counts = {keep: torch.zeros(2 ** config.bits, dtype=torch.long) for keep in keeps}
+def reconstruct(model, dataset, keeps, features, lpips, args, run):
+    """Encode and decode the first --num val images at each K -> a dict of measures for each K, over all ranks.
+
+    The reference of the Frechet distance are the very crops that were encoded; features and lpips may be None.
+    """
+    bits = model.config.bits
+    counts = {keep: torch.zeros(2 ** bits, dtype=torch.long) for keep in keeps}
     values = {keep: [] for keep in keeps}                                # (b,3 or 4) each: psnr, ssim, recovery, lpips
     real, decoded_moments = Moments(), {keep: Moments() for keep in keeps}
-    for images, _ in val_batches(dataset, args.num, args, "recon", run):
+    for images, _ in val_batches(dataset, args.num, args, "reconstruct", run):
         images = images.to(run.device)
-        if features:  # the reference: the very crops that were encoded
+        if features:
             real.add(features(images)[0])
         for keep in keeps:
             with run.autocast():
@@ -253,39 +265,47 @@ def recon(args, argv):
             if lpips:
                 columns.append(lpips(decoded.clamp(-1, 1), images))
             values[keep].append(torch.stack([column.double().cpu() for column in columns], 1))
-            counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** config.bits)
+            counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** bits)
             if features:
                 decoded_moments[keep].add(features(eight_bit(decoded))[0])
 
-    rows = []
-    if features:
-        name, reference = labelled("r" + features.frechet, args.num), real.statistics(run)
+    rows, reference = [], real.statistics(run) if features else None
     for keep in keeps:
         table, seen = gather(torch.cat(values[keep]), run), gather(counts[keep][None], run).sum(0)
         check_finite(f"PSNR, SSIM, LPIPS at K = {keep}", table.masked_fill(table == math.inf, 0))      # equal images: PSNR inf
         p, s, hits, *distance = table.mean(0).tolist()
         usage, perplexity = code_statistics(seen)
-        imbalance, dead = bit_balance(seen, config.bits)
+        imbalance, dead = bit_balance(seen, bits)
         row = dict(keep=keep, psnr=p if p < math.inf else "inf", ssim=s, usage=usage, perplexity=perplexity,
                    bit_imbalance=imbalance, dead_bits=dead, recovery_accuracy=hits, codes_seen=int(seen.sum()))
         if lpips:
             row["lpips"] = distance[0]
         if features:
-            row[name] = frechet_distance(*reference, *decoded_moments[keep].statistics(run))
+            row[features.r_name(args.num)] = frechet_distance(*reference, *decoded_moments[keep].statistics(run))
         rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def recon(args, argv):
+    model, dataset, run = open_tokenizer(args)
+    config = model.config
+    features = open_features(args, config.size, run, required=False)
+    lpips = load_lpips(args, run.device) if args.lpips_weights else None
+    keeps = args.keep or sorted({config.keep, config.length})
+    rows = reconstruct(model, dataset, keeps, features, lpips, args, run)
     unreadable = int(gather(torch.tensor([len(dataset.skipped())]), run).sum())
     if not run.main:
         return
-
     print(f"{args.ckpt} on {args.num} val images of {args.data}, {config.size} px, L = {config.length}, "
           f"{run.dtype} on {run.device}")
-    more = ([("lpips", "LPIPS", 4)] if lpips else []) + ([(name, name, 3)] if features else [])        # key, title, digits
+    more = ["lpips"] * bool(lpips) + ([features.r_name(args.num)] if features else [])
     print(f"{'K':>5} {'PSNR':>7} {'SSIM':>7} {'usage':>7} {'perplexity':>11} {'bit imbalance':>14} {'dead bits':>10} "
-          f"{'recovery':>9}" + "".join(f" {title:>10}" for _, title, _ in more))
+          f"{'recovery':>9}" + "".join(f" {key:>10}" for key in more))
     for row in rows:
         print(f"{row['keep']:5} {float(row['psnr']):7.2f} {row['ssim']:7.4f} {row['usage']:7.1%} {row['perplexity']:11.1f} "
               f"{row['bit_imbalance']:14.3f} {row['dead_bits']:10} {row['recovery_accuracy']:9.2%}"
-              + "".join(f" {row[key]:10.{digits}f}" for key, _, digits in more))
+              + "".join(f" {row[key]:10.4f}" for key in more))
     write_results(os.path.join(args.out, "recon.json"), "eval.py", argv, args, run, size=config.size, bits=config.bits,
                   tokenizer=weights_hash(model.state_dict()), weights="ema", **(features.record if features else {}),
                   reference="the same val crops", unreadable=unreadable, results=rows)
@@ -640,11 +660,416 @@ def reconstructed_accuracy(classifier, tokenizer, args, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# probe: what a linear layer reads off the frozen tokens (paper A.4, after MAE 2111.06377)
+
+PROBE_BATCH = 1024
+
+
+def pooled(model, images, keep, run):
+    """Frozen encoder: images -> (mean of the K latent tokens (B,D), class token (B,D)), float32 on the CPU."""
+    with run.autocast():
+        _, _, cls, tokens = model.encoder(images.to(run.device), keep)
+    return tokens.float().mean(1).cpu(), cls.float().cpu()
+
+
+@torch.no_grad()
+def cached(represent, dataset, rows, args, run, title):
+    """Run `represent`: images -> {name: (b,D)}, once over the images `rows` -> ({name: (N,D)}, labels (N,)), on all ranks.
+
+    In memory, in the type that `represent` gives. The crop is the centre crop: a cache has no room for augmentation.
+    """
+    parts, labels = {}, []
+    for images, label in val_batches(dataset, rows, args, title, run):
+        for name, x in represent(images).items():
+            check_finite(f"features of {name}", x)
+            parts.setdefault(name, []).append(x)
+        labels.append(label)
+    return {name: gather(torch.cat(part), run) for name, part in parts.items()}, gather(torch.cat(labels), run)
+
+
+def linear_probe(train, val, num_classes, args, device):
+    """Train BatchNorm without parameters and a linear layer on features (N,D) with labels (N,) -> (train, val) accuracy.
+
+    AdamW, cosine, batches of 1,024 (all images where there are fewer). The layer starts at zero: --seed orders the images only.
+    """
+    x, y = (t.to(device) for t in train)
+    head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False), nn.Linear(x.shape[1], num_classes)).to(device)
+    nn.init.zeros_(head[1].weight)
+    nn.init.zeros_(head[1].bias)
+    batch = min(PROBE_BATCH, len(x))
+    steps = len(x) // batch * args.epochs
+    optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for epoch in range(args.epochs):
+            order = torch.randperm(len(x), generator=seeded(args.seed, epoch)).to(device)
+            for rows in order[:len(x) // batch * batch].split(batch):
+                loss = F.cross_entropy(head(x[rows].float()), y[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    check_finite("weights of the probe", head[1].weight.detach().cpu())
+    head.eval()
+
+    def top1(x, y):
+        predicted = torch.cat([head(part.to(device).float()).argmax(1).cpu() for part in x.split(8192)])
+        return (predicted == y.cpu()).double().mean().item()
+
+    return top1(x, y), top1(*val)
+
+
+def open_probe(args, model, run):
+    """-> (training images as centre crops, places of those to use). Raises UserError when there is nothing to classify."""
+    dataset = build_dataset(args.data, "train", model.config.size, train=False)
+    if dataset.num_classes < 2:
+        raise UserError(f"--data {args.data} has no classes to tell apart: pass images in class folders")
+    return dataset, subset(len(dataset), args.train_num, args.seed)
+
+
+@torch.no_grad()
+def probe(args, argv):
+    model, val_set, run = open_tokenizer(args)
+    config, keeps = model.config, args.keep or [model.config.length]
+    train_set, rows = open_probe(args, model, run)
+    torch.manual_seed(args.seed)
+    untrained = MergeVQ(config).eval().to(run.device)
+
+    def represent(images):
+        found = {}
+        for keep in keeps:
+            found[f"tokens, K = {keep}"], found[f"class token, K = {keep}"] = pooled(model, images, keep, run)
+        found[f"random encoder, K = {config.length}"] = pooled(untrained, images, config.length, run)[0]
+        pixels = F.adaptive_avg_pool2d(images, min(config.size, 32))
+        found[f"pixels, {pixels.shape[-1]} px"] = torch.from_numpy(to_uint8(pixels)).flatten(1)        # uint8: no fourfold memory
+        return found
+
+    train, train_labels = cached(represent, train_set, rows, args, run, "training images")
+    val, val_labels = cached(represent, val_set, args.num, args, run, "val images")
+    if not run.main:
+        return
+    print(f"{args.ckpt}: linear probe on {len(train_labels)} training images, measured on {args.num} val images of {args.data}; "
+          f"{train_set.num_classes} classes")
+    print(f"{'features':<26} {'dimensions':>10} {'train top-1':>12} {'val top-1':>10}")
+    results = []
+    for name in train:
+        top1 = linear_probe((train[name], train_labels), (val[name], val_labels), train_set.num_classes, args, run.device)
+        results.append(dict(features=name, dimensions=train[name].shape[1], train_top1=top1[0], val_top1=top1[1]))
+        print(f"{name:<26} {train[name].shape[1]:10} {top1[0]:12.2%} {top1[1]:10.2%}")
+    write_results(os.path.join(args.out, "probe.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
+                  tokenizer=weights_hash(model.state_dict()), align=config.align, train_num=len(train_labels), epochs=args.epochs,
+                  lr=args.lr, results=results)
+    print(f"wrote {args.out}/probe.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finetune: the whole encoder trained on the labels (paper A.4, after SimMIM 2111.09886 and MAE)
+
+@dataclasses.dataclass
+class FinetuneConfig(RunConfig):
+    """Defaults are for the tiny variant; RECIPES lists what the paper's setting changes."""
+    recipe: str = arg("tiny", "preset: tiny or paper", choices=("tiny", "paper"))
+    ckpt: str = arg("out/tokenizer/ckpt.pt", "tokenizer whose encoder is fine-tuned")
+    out: str = arg("out/finetune", "folder for checkpoint, metrics and result")
+    data: str = arg("", "data set with classes (default: what the tokenizer was trained on)")
+    keep: int = arg(0, "tokens K; 0: all L, nothing merges", low=0)
+    layer_decay: float = arg(0.8, "learning rate of each layer, as a share of the next layer's", low=0.0, high=1.0)
+    weight_decay: float = arg(0.05, "AdamW weight decay", low=0.0)
+    beta2: float = arg(0.99, "AdamW beta 2", low=0.0, high=1.0)
+    mixup: float = arg(0.2, "mixup's Beta parameter (1710.09412); 0: off", low=0.0)
+    cutmix: float = arg(0.2, "CutMix's Beta parameter (1905.04899); 0: off. With both on, each batch takes one of them", low=0.0)
+    smoothing: float = arg(0.1, "label smoothing", low=0.0, high=1.0)
+    drop_path: float = arg(0.0, "stochastic depth (1603.09382): chance to skip a branch of the last block", low=0.0, high=0.99)
+    erasing: float = arg(0.1, "chance that a rectangle of an image is erased (1708.04896)", low=0.0, high=1.0)
+    clip: float = arg(5.0, "gradient norm is clipped to this", low=0.0)
+    ema: float = arg(0.99, "decay of the weight average that is evaluated and saved", low=0.0, high=1.0)
+    batch_size: int = arg(64, "images an optimizer step, over all ranks and micro-batches", low=1)
+    max_steps: int = arg(600, "optimizer steps; 0: as many as --epochs makes", low=0)
+    epochs: int = arg(100, "passes over the data, when --max-steps is 0", low=1)
+    lr: float = arg(1e-3, "peak learning rate, of the last layer", low=0.0)
+    lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
+                           choices=("step", "cosine", "constant"))
+    warmup: int = arg(50, "linear warm-up steps", low=0)
+    eval_num: int = arg(50_000, "validation images an evaluation looks at", low=1)
+
+
+RECIPES = {  # ImageNet, batch 1,024 for 100 epochs; the paper gives these two numbers, the others are MAE's for ViT-B
+    "tiny": {},
+    "paper": dict(recipe="paper", layer_decay=0.65, beta2=0.999, mixup=0.8, cutmix=1.0, drop_path=0.1, erasing=0.25, ema=0.9999,
+                  batch_size=1024, max_steps=0, epochs=100, lr=2e-3, warmup=6250, eval_every=5000, save_every=5000),
+}
+
+
+def drop_path(rate, module, inputs, output):
+    """Forward hook: while training, leave a residual branch out for each image with this chance, and scale it up otherwise."""
+    if not module.training:
+        return output
+    branch, *rest = output if isinstance(output, tuple) else (output,)
+    stays = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
+    branch = branch * stays / (1 - rate)
+    return (branch, *rest) if rest else branch
+
+
+class FineTuned(nn.Module):
+    """A tokenizer's encoder with a linear layer on the mean of its tokens: images -> (mean (B,D), logits (B,C))."""
+    def __init__(self, encoder, keep, num_classes, rate):
+        super().__init__()
+        self.keep, self.encoder = keep, encoder.requires_grad_(True)
+        self.encoder.to_bits = nn.Identity()  # classification needs no codes
+        self.head = nn.Linear(encoder.norm.weight.shape[0], num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        for i, block in enumerate(encoder.blocks):  # the chance rises linearly from 0 at the first block
+            for branch in (block.attn, block.mlp):
+                branch.register_forward_hook(functools.partial(drop_path, rate * i / max(1, len(encoder.blocks) - 1)))
+
+    def forward(self, images):
+        mean = self.encoder(images, self.keep)[3].mean(1)
+        return mean, self.head(mean)
+
+
+def layer_groups(model, config):
+    """Optimizer groups with a "scale" of the learning rate: layer_decay^(layers above). Stem: 0, block i: i + 1, head: last."""
+    last, groups = len(model.encoder.blocks) + 1, {}
+    for name, p in model.named_parameters():
+        part = name.removeprefix("encoder.").split(".")
+        layer = int(part[1]) + 1 if part[0] == "blocks" else last if part[0] in ("norm", "head") else 0
+        decay = config.weight_decay if p.dim() >= 2 and part[0] not in ("cls", "position") else 0.0
+        group = groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, scale=config.layer_decay ** (last - layer)))
+        group["params"].append(p)
+    return list(groups.values())
+
+
+def mix(images, targets, config, rng):
+    """Mixup or CutMix of each image with one other of the batch: images (B,3,H,W), targets (B,C) distributions -> the same."""
+    chosen = rng.choice([alpha for alpha in ("mixup", "cutmix") if getattr(config, alpha) > 0] or [""])
+    if not chosen:
+        return images, targets
+    share, (H, W) = rng.beta(getattr(config, chosen), getattr(config, chosen)), images.shape[2:]       # of the image itself
+    if chosen == "mixup":
+        images = share * images + (1 - share) * images.flip(0)
+    else:
+        y0, y1, x0, x1 = rectangle(H, W, math.sqrt(1 - share) * H, math.sqrt(1 - share) * W, rng)
+        images = images.clone()
+        images[:, :, y0:y1, x0:x1] = images.flip(0)[:, :, y0:y1, x0:x1]
+        share = 1 - (y1 - y0) * (x1 - x0) / (H * W)  # what was cut off at the border counts
+    return images, share * targets + (1 - share) * targets.flip(0)
+
+
+def erase(images, chance, rng):
+    """Random erasing: in some images a rectangle of 2 to 33 % of the area becomes noise. (B,3,H,W) -> the same."""
+    images, (H, W) = images.clone(), images.shape[2:]
+    for image in images:
+        if rng.random() < chance:
+            area, ratio = rng.uniform(0.02, 0.33) * H * W, math.exp(rng.uniform(-1, 1) * math.log(3.3))
+            y0, y1, x0, x1 = rectangle(H, W, math.sqrt(area * ratio), math.sqrt(area / ratio), rng)
+            image[:, y0:y1, x0:x1] = torch.from_numpy(rng.standard_normal((3, y1 - y0, x1 - x0), np.float32))
+    return images
+
+
+def rectangle(H, W, height, width, rng):
+    """A box of this size around a random pixel, cut off at the image's border -> y0, y1, x0, x1."""
+    y, x = rng.integers(H), rng.integers(W)
+    low = lambda centre, side: max(0, round(centre - side / 2))
+    return low(y, height), min(H, round(y + height / 2)), low(x, width), min(W, round(x + width / 2))
+
+
+def finetune(argv):
+    config = parse_config(FinetuneConfig, "Fine-tune the encoder of a tokenizer as a classifier.", RECIPES, "recipe", argv)
+    tokenizer = load_tokenizer(config.ckpt)
+    t, tokenizer_hash = tokenizer.config, weights_hash(tokenizer.state_dict())
+    config.data, config.keep = config.data or t.data, config.keep or t.length
+    merge_schedule(t.length, config.keep, t.depth)  # raises UserError on a K that cannot be reached
+    train_set = build_dataset(config.data, "train", t.size, train=True, seed=config.seed)
+    val_set = build_dataset(config.data, "val", t.size, train=False)
+    if train_set.num_classes < 2:
+        raise UserError(f"--data {config.data} has no classes to tell apart: pass images in class folders")
+    config.max_steps = config.max_steps or max(1, config.epochs * len(train_set) // config.batch_size)
+    config.workers = loader_workers(config)
+    run = start_run(config)
+    check_batch(config, run)
+    resume_from = prepare_out(config, run)
+    raw_model = FineTuned(tokenizer.encoder, config.keep, train_set.num_classes, config.drop_path).to(run.device)
+    ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(layer_groups(raw_model, config), betas=(0.9, config.beta2))
+    step, skipped = 0, 0
+    if resume_from:
+        state = load_checkpoint(resume_from, "finetuned", run.device)
+        for module, name in ((raw_model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            module.load_state_dict(state[name])
+        step, skipped = state["step"], state["skipped"]
+    if config.compile:
+        raw_model.encoder.stem.compile()
+    model = raw_model
+    if run.world > 1:
+        model = nn.parallel.DistributedDataParallel(raw_model, [run.device.index] if run.device.type == "cuda" else None)
+    stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world, config.workers)
+    off = config.smoothing / train_set.num_classes
+    metrics_path, val_accuracy = os.path.join(config.out, "metrics.jsonl"), math.nan
+    bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
+    while True:
+        last = step == config.max_steps
+        if step % config.eval_every == 0 and step > 0 or last:
+            val_accuracy = accuracy(ema, val_batches(val_set, config.eval_num, config, "val", run), run)
+            if run.main:
+                append_metrics(metrics_path, step=step, val_accuracy=val_accuracy)
+        if run.main and (step % config.save_every == 0 and step > 0 or last):
+            save_checkpoint(os.path.join(config.out, "ckpt.pt"), "finetuned", config=dataclasses.asdict(config),
+                            class_names=list(train_set.class_names), model=raw_model.state_dict(), ema=ema.state_dict(),
+                            optimizer=optimizer.state_dict(), step=step, skipped=skipped)
+        if last:
+            break
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        torch.manual_seed(seeded(config.seed, step, 3, run.rank).initial_seed())  # of drop path: a resumed run draws the same
+        rng, total = np.random.default_rng([config.seed, 3, step, run.rank]), 0.0
+        raw_model.train()
+        for m in range(config.accum):
+            images, labels = next(stream)
+            targets = F.one_hot(labels, train_set.num_classes) * (1 - config.smoothing) + off                # (b,C)
+            images, targets = mix(erase(images, config.erasing, rng), targets, config, rng)
+            with contextlib.nullcontext() if m == config.accum - 1 or run.world == 1 else model.no_sync():
+                with run.autocast():
+                    _, logits = model(images.to(run.device))
+                loss = F.cross_entropy(logits.float(), targets.to(run.device))
+                (loss / config.accum).backward()
+            total += loss.detach() / config.accum
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
+        if norm.isfinite():
+            optimizer.step()
+            update_ema(ema, raw_model, config.ema, step)
+        else:  # a bad step changes nothing
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update(1)
+        if step % config.log_every == 0 or step == config.max_steps:
+            for name in train_set.check_skipped():
+                bar.write(f"unreadable image skipped: {name}")
+            total = mean_over_ranks(total)
+            if run.main:
+                append_metrics(metrics_path, step=step, loss=total, grad_norm=norm, lr=lr, skipped=skipped)
+                bar.set_postfix(loss=f"{total.item():.3f}", skipped=skipped)
+    bar.close()
+    if not run.main:
+        return
+    plot_curves(metrics_path, os.path.join(config.out, "curves.png"), ("loss", "val_accuracy", "lr"))
+    config.num = min(config.eval_num, len(val_set))
+    write_results(os.path.join(config.out, "finetune.json"), "eval.py", ["finetune", *argv], config, run, size=t.size,
+                  keep=config.keep, tokenizer=tokenizer_hash, weights="ema", steps=step, skipped=skipped, val_top1=val_accuracy)
+    print(f"{val_accuracy:.2%} of {config.num} val images right (EMA weights, K = {config.keep}); wrote {config.out}/ckpt.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sweep: reconstruction against representation as K changes (paper Table 4, Figure 3)
+
+@torch.no_grad()
+def multiply_adds(encoder, size, keep):
+    """Multiply-adds of the matrix products and convolutions that encode one image: what the paper's tables call FLOPs."""
+    images = torch.randn(1, 3, size, size, generator=seeded(0)).to(next(encoder.parameters()).device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # math: attention as two counted products
+        encoder(images, keep)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def sweep(args, argv):
+    model, dataset, run = open_tokenizer(args)
+    config = model.config
+    features = open_features(args, config.size, run, required=False)
+    keeps = args.keep or sorted({*config.keeps, config.keep, config.length})
+    train_set, chosen = open_probe(args, model, run)
+    rows = reconstruct(model, dataset, keeps, features, None, args, run)
+    represent = lambda images: {keep: pooled(model, images, keep, run)[0] for keep in keeps}
+    train, train_labels = cached(represent, train_set, chosen, args, run, "training images")
+    val, val_labels = cached(represent, dataset, args.num, args, run, "val images")
+    if not run.main:
+        return
+    for row in rows:
+        pairs = (train[row["keep"]], train_labels), (val[row["keep"]], val_labels)
+        row["probe_top1"] = linear_probe(*pairs, train_set.num_classes, args, run.device)[1]
+        row["encoder_gmacs"] = multiply_adds(model.encoder, config.size, row["keep"]) / 1e9
+    fd = [features.r_name(args.num)] if features else []
+    print(f"{args.ckpt} on {args.num} val images of {args.data}; probe trained on {len(train_labels)} images")
+    print(f"{'K':>5} {'PSNR':>7} {'probe top-1':>12} {'multiply-adds':>15}" + "".join(f" {name:>10}" for name in fd))
+    for row in rows:
+        print(f"{row['keep']:5} {float(row['psnr']):7.2f} {row['probe_top1']:12.2%} {row['encoder_gmacs']:14.4g}G"
+              + "".join(f" {row[name]:10.4f}" for name in fd))
+    picture = os.path.join(args.out, "sweep.png")
+    plot_rows(rows, picture, [*fd, "psnr", "probe_top1", "encoder_gmacs"], x="keep")
+    write_results(os.path.join(args.out, "sweep.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
+                  tokenizer=weights_hash(model.state_dict()), **(features.record if features else {}),
+                  reference="the same val crops", train_num=len(train_labels), epochs=args.epochs, lr=args.lr, results=rows)
+    print(f"wrote {args.out}/sweep.json and {picture}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate-source: what it costs to predict the merge map (paper Table 5)
+
+def load_recovery(path, model):
+    """PLUG IN (issue 3, recovery fine-tuning): checkpoint of recovery.py -> the fine-tuned SourceRecovery, frozen."""
+    state = load_checkpoint(path, "recovery", next(model.parameters()).device)
+    recovery = copy.deepcopy(model.recovery)
+    recovery.load_state_dict(state["ema"])
+    return recovery.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def ablate_source(args, argv):
+    model, dataset, run = open_tokenizer(args)
+    config = model.config
+    features = open_features(args, config.size, run, required=False)
+    keeps = args.keep or [config.keep]
+    guesses = {"true": lambda e: e.source, "predicted": lambda e: model.recover(e.codes)}
+    if args.recovery:
+        tuned = load_recovery(args.recovery, model)
+        guesses["fine-tuned"] = lambda e: tuned(codes_to_bits(e.codes, config.bits)).argmax(-1)
+    cases = [(keep, name) for keep in keeps for name in guesses]
+    values, real, moments = {case: [] for case in cases}, Moments(), {case: Moments() for case in cases}
+    for images, _ in val_batches(dataset, args.num, args, "ablate source", run):
+        if features:
+            real.add(features(images)[0])
+        for keep in keeps:
+            with run.autocast():
+                encoded = model.encode(images.to(run.device), keep)
+            for name, guess in guesses.items():
+                with run.autocast():
+                    source = guess(encoded)
+                    decoded = model.decode(encoded.codes, source).cpu()
+                hits = (source == encoded.source).cpu().double().mean(1)
+                values[keep, name].append(torch.stack([hits, psnr(decoded, images)], 1))               # (b,2)
+                if features:
+                    moments[keep, name].add(features(eight_bit(decoded))[0])
+
+    results, reference = [], real.statistics(run) if features else None
+    for keep, name in cases:
+        table = check_finite(f"PSNR at K = {keep}", gather(torch.cat(values[keep, name]), run))
+        row = dict(keep=keep, source=name, accuracy=table[:, 0].mean().item(), psnr=table[:, 1].mean().item())
+        if features:
+            row[features.r_name(args.num)] = frechet_distance(*reference, *moments[keep, name].statistics(run))
+        results.append(row)
+    if not run.main:
+        return
+    fd = [features.r_name(args.num)] if features else []
+    print(f"{args.ckpt} on {args.num} val images of {args.data}, L = {config.length}")
+    print(f"{'K':>5}  {'source':<11} {'accuracy':>8} {'PSNR':>7}" + "".join(f" {name:>10}" for name in fd))
+    for row in results:
+        print(f"{row['keep']:5}  {row['source']:<11} {row['accuracy']:8.2%} {row['psnr']:7.2f}"
+              + "".join(f" {row[name]:10.4f}" for name in fd))
+    write_results(os.path.join(args.out, "ablate_source.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
+                  tokenizer=weights_hash(model.state_dict()), recovery=args.recovery, **(features.record if features else {}),
+                  reference="the same val crops", results=results)
+    print(f"wrote {args.out}/ablate_source.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="recon | maps | train-classifier | stats | gen")
+    names = "recon maps train-classifier stats gen probe finetune sweep ablate-source"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names.replace(" ", " | "))
 
     def command(name, function, help, ckpt, out, num):
         p = commands.add_parser(name, description=help)
@@ -653,7 +1078,7 @@ def main(argv=None):
         return p
 
     def feature_flags(p, choices):
-        p.add_argument("--features", default="classifier", choices=choices, help="what a Frechet distance sees (default classifier)")
+        p.add_argument("--features", default="classifier", choices=choices, help="what is compared (default classifier)")
         p.add_argument("--classifier", default=CLASSIFIER, help=f"checkpoint of train-classifier (default {CLASSIFIER})")
         p.add_argument("--inception-weights", default="", help="weights file of the FID Inception network")
 
@@ -679,6 +1104,23 @@ def main(argv=None):
     p.add_argument("--workers", type=number(int, -1), default=-1, help="loader processes, -1: none for shapes, else up to 8")
     p.add_argument("--overwrite", action="store_true", help="replace the classifier in --out")
 
+    def probe_flags(p):
+        p.add_argument("--train-num", type=number(int, 0), default=0, help="training images of the probe, 0: all (default 0)")
+        p.add_argument("--epochs", type=number(int, 1), default=90, help="passes over them (default 90)")
+        p.add_argument("--lr", type=number(float, 0), default=1e-3, help="initial learning rate (default 0.001)")
+
+    p = command("probe", probe, "Linear probe on frozen tokens, beside a random encoder and pixels.", tokenizer, "out/probe", 0)
+    p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: all L tokens, nothing merges)")
+    probe_flags(p)
+    p = command("sweep", sweep, "Reconstruction, linear probe and cost of the encoder against K.", tokenizer, "out/sweep", 0)
+    p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: those of training, and L)")
+    probe_flags(p)
+    feature_flags(p, (*some, "none"))
+    p = command("ablate-source", ablate_source, "Reconstruction from true and from predicted source.", tokenizer, "out/ablate", 0)
+    p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: the checkpoint's target)")
+    p.add_argument("--recovery", default="", help="checkpoint of recovery.py's fine-tuning: a third row")
+    feature_flags(p, (*some, "none"))
+
     p = commands.add_parser("stats", description="Feature statistics of all training images, for gen --reference.")
     p.set_defaults(function=stats, ckpt=None, seed=0, dtype="float32")
     p.add_argument("--data", default="shapes", help="data set (default shapes)")
@@ -701,8 +1143,12 @@ def main(argv=None):
     p.add_argument("--top-k", type=number(int, 0), default=0, help="sample among the k likeliest sub-tokens, 0: all (default 0)")
     p.add_argument("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample among this share of probability (default 1)")
     p.add_argument("--keep", type=number(int, 1), help="merge count told to a mergear model (default: its own)")
-    args = parser.parse_args(argv)
-    args.function(args, argv)
+    commands.add_parser("finetune", add_help=False)
+    if argv[:1] == ["finetune"]:  # a training command: its flags come from its config, as in the training scripts
+        finetune(argv[1:])
+    else:
+        args = parser.parse_args(argv)
+        args.function(args, argv)
     if dist.is_initialized():
         dist.destroy_process_group()
 
