@@ -1,17 +1,28 @@
 """Measure what the other scripts made, and see it. One command each:
 
-    python eval.py recon                                   # PSNR, SSIM, code usage of out/tokenizer/ckpt.pt on val
+    python eval.py train-classifier                        # a small CNN that knows the classes, about a minute
+    python eval.py recon                                   # r-Frechet, PSNR, SSIM, code usage of out/tokenizer/ckpt.pt on val
     python eval.py recon --keep 16,36,64 --num 200         # several K, the first 200 images
     python eval.py maps --keep 16,36,64                    # a picture of which patches merge
-    python eval.py train-classifier                        # a small CNN that knows the classes, about a minute
-    python eval.py gen --cfg 1,1.5,2,3                     # how many samples the CNN assigns to the asked class
+    python eval.py gen --cfg 1,1.5,2,3                     # samples against training images: Frechet, IS, precision, recall,
+                                                           # and how many of them the CNN assigns to the asked class
     python eval.py gen --samples samples.npz               # the same for images drawn before (arr_0 uint8, arr_1 labels)
+    python eval.py stats                                   # the training images' mu and sigma, for gen --reference
+    python eval.py probe                                   # linear probe: tokens, random encoder, pixels
+    python eval.py finetune                                # the whole encoder trained as a classifier
+    python eval.py sweep                                   # reconstruction, probe and cost against K: paper Table 4
+    python eval.py ablate-source                           # true against predicted source: paper Table 5
 
-    python eval.py recon --ckpt out/g/ckpt.pt --data data/imagenet --batch-size 64     # full size, one GPU
+    torchrun --nproc_per_node=8 -- eval.py recon --ckpt out/g/ckpt.pt --data data/imagenet --features inception --num 50000
 
-Every command writes its numbers to a JSON file in --out, beside what one must know to compare them: the command, the
-hash of the weights, the number of images, the data, the dtype. The metrics are plain functions at the top. They are
-computed in float64 image by image, so no number depends on the batch size.
+What a Frechet distance looks at is --features: the CNN of train-classifier, whose numbers are called fd and is-clf and mean
+something within one project only, or the Inception network, whose numbers are called FID and IS. Other than 50,000 images
+are part of the name: FID-10k, fd-1000. Reconstructions are compared with the same val crops, samples with training images.
+
+Every command writes its numbers to a JSON file in --out, beside what one must know to compare them: the command, hashes of
+the weights and of the reference, the number of images, the data, the dtype, the seed. The metrics are plain functions at the
+top. They are computed in float64 from sums over images, so that no number depends on the batch size or on the number of
+processes beyond the rounding of the networks.
 """
 
 import contextlib
@@ -65,6 +76,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (check_finite(name, x) for name, x in
                                 dict(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2).items())
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1]:
+        raise UserError(f"Frechet distance of {len(mu1)} and {len(mu2)} features: both sides must be made with the same network")
     values, vectors = torch.linalg.eigh(sigma1)
     in_range = values > values.max() * len(values) * torch.finfo(values.dtype).eps    # the others are rounding errors of 0
     A = vectors[:, in_range] * values[in_range].sqrt()                                # (D,rank)
@@ -366,11 +379,16 @@ class Classifier(nn.Module):
 @torch.no_grad()
 def accuracy(model, labelled_batches, run):
     """Share of images that the classifier assigns to their label, over batches of (images, labels)."""
-    hits = [model(images.to(run.device))[1].argmax(1).cpu() == labels for images, labels in labelled_batches]
+    hits = []
+    for images, labels in labelled_batches:
+        _, logits = model(images.to(run.device))
+        hits.append(check_finite("logits", logits.cpu()).argmax(1) == labels)
     return gather(torch.cat(hits), run).double().mean().item()
 
 
 def train_classifier(args, argv):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("train-classifier runs on one process: start it with python, not torchrun")
     device, dtype = pick_device(args.device, args.dtype)
     run, args.resume = Run(0, 1, device, dtype), False
     train_set = build_dataset(args.data, "train", args.size, train=True, seed=args.seed)
@@ -820,7 +838,7 @@ class FineTuned(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)
         for i, block in enumerate(encoder.blocks):  # the chance rises linearly from 0 at the first block
-            for branch in (block.attn, block.mlp):
+            for branch in (block.attn, block.mlp) if rate else ():
                 branch.register_forward_hook(functools.partial(drop_path, rate * i / max(1, len(encoder.blocks) - 1)))
 
     def forward(self, images):
@@ -842,18 +860,19 @@ def layer_groups(model, config):
 
 def mix(images, targets, config, rng):
     """Mixup or CutMix of each image with one other of the batch: images (B,3,H,W), targets (B,C) distributions -> the same."""
-    chosen = rng.choice([alpha for alpha in ("mixup", "cutmix") if getattr(config, alpha) > 0] or [""])
-    if not chosen:
+    kinds = [kind for kind in ("mixup", "cutmix") if getattr(config, kind) > 0]
+    if not kinds:
         return images, targets
-    share, (H, W) = rng.beta(getattr(config, chosen), getattr(config, chosen)), images.shape[2:]       # of the image itself
+    chosen = kinds[rng.integers(len(kinds))]
+    own, (H, W) = float(rng.beta(getattr(config, chosen), getattr(config, chosen))), images.shape[2:]  # share that stays
     if chosen == "mixup":
-        images = share * images + (1 - share) * images.flip(0)
+        images = own * images + (1 - own) * images.flip(0)
     else:
-        y0, y1, x0, x1 = rectangle(H, W, math.sqrt(1 - share) * H, math.sqrt(1 - share) * W, rng)
-        images = images.clone()
-        images[:, :, y0:y1, x0:x1] = images.flip(0)[:, :, y0:y1, x0:x1]
-        share = 1 - (y1 - y0) * (x1 - x0) / (H * W)  # what was cut off at the border counts
-    return images, share * targets + (1 - share) * targets.flip(0)
+        y0, y1, x0, x1 = rectangle(H, W, math.sqrt(1 - own) * H, math.sqrt(1 - own) * W, rng)
+        other, images = images.flip(0), images.clone()
+        images[:, :, y0:y1, x0:x1] = other[:, :, y0:y1, x0:x1]
+        own = 1 - (y1 - y0) * (x1 - x0) / (H * W)  # the border may have cut the box
+    return images, own * targets + (1 - own) * targets.flip(0)
 
 
 def erase(images, chance, rng):
