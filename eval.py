@@ -245,6 +245,16 @@ def open_features(args, size, run, required=True):
     return Features(network, *names, judge, record)
 
 
+def reference_hash(mu, sigma):
+    """Two equal hashes: the same statistics, to the last digit."""
+    return weights_hash(dict(mu=torch.as_tensor(mu), sigma=torch.as_tensor(sigma)))
+
+
+def against_originals(features, statistics):
+    """What to record beside an r-Frechet distance, whose reference are the val crops that were encoded."""
+    return dict(features.record, reference="the same val crops", reference_hash=reference_hash(*statistics)) if features else {}
+
+
 def labelled(name, num):
     """FID of 10,000 images -> "FID-10k": whatever was not measured on the customary 50,000 says so in its name."""
     if num == 50_000:
@@ -257,9 +267,9 @@ def labelled(name, num):
 
 @torch.no_grad()
 def reconstruct(model, dataset, keeps, features, lpips, args, run):
-    """Encode and decode the first --num val images at each K -> a dict of measures for each K, over all ranks.
+    """Encode and decode the first --num val images at each K -> (a dict of measures for each K, what to record beside them).
 
-    The reference of the Frechet distance are the very crops that were encoded; features and lpips may be None.
+    Over all ranks. The reference of the Frechet distance are the very crops that were encoded; features and lpips may be None.
     """
     bits = model.config.bits
     counts = {keep: torch.zeros(2 ** bits, dtype=torch.long) for keep in keeps}
@@ -296,7 +306,7 @@ def reconstruct(model, dataset, keeps, features, lpips, args, run):
         if features:
             row[features.r_name(args.num)] = frechet_distance(*reference, *decoded_moments[keep].statistics(run))
         rows.append(row)
-    return rows
+    return rows, against_originals(features, reference)
 
 
 @torch.no_grad()
@@ -306,7 +316,7 @@ def recon(args, argv):
     features = open_features(args, config.size, run, required=False)
     lpips = load_lpips(args, run.device) if args.lpips_weights else None
     keeps = args.keep or sorted({config.keep, config.length})
-    rows = reconstruct(model, dataset, keeps, features, lpips, args, run)
+    rows, record = reconstruct(model, dataset, keeps, features, lpips, args, run)
     unreadable = int(gather(torch.tensor([len(dataset.skipped())]), run).sum())
     if not run.main:
         return
@@ -320,8 +330,7 @@ def recon(args, argv):
               f"{row['bit_imbalance']:14.3f} {row['dead_bits']:10} {row['recovery_accuracy']:9.2%}"
               + "".join(f" {row[key]:10.4f}" for key in more))
     write_results(os.path.join(args.out, "recon.json"), "eval.py", argv, args, run, size=config.size, bits=config.bits,
-                  tokenizer=weights_hash(model.state_dict()), weights="ema", **(features.record if features else {}),
-                  reference="the same val crops", unreadable=unreadable, results=rows)
+                  tokenizer=weights_hash(model.state_dict()), weights="ema", **record, unreadable=unreadable, results=rows)
 
     images = pick_images(dataset, 8, args.seed)
     rows = [images]
@@ -440,10 +449,6 @@ def statistics_of(dataset, features, args, run):
     for images, _ in val_batches(dataset, len(dataset), args, "reference", run):
         moments.add(features(images)[0])
     return moments.statistics(run)
-
-
-def reference_hash(mu, sigma):
-    return weights_hash(dict(mu=torch.as_tensor(mu), sigma=torch.as_tensor(sigma)))
 
 
 def stats(args, argv):
@@ -999,16 +1004,17 @@ def sweep(args, argv):
     features = open_features(args, config.size, run, required=False)
     keeps = args.keep or sorted({*config.keeps, config.keep, config.length})
     train_set, chosen = open_probe(args, model, run)
-    rows = reconstruct(model, dataset, keeps, features, None, args, run)
-    represent = lambda images: {keep: pooled(model, images, keep, run)[0] for keep in keeps}
-    train, train_labels = cached(represent, train_set, chosen, args, run, "training images")
-    val, val_labels = cached(represent, dataset, args.num, args, run, "val images")
+    rows, record = reconstruct(model, dataset, keeps, features, None, args, run)
+    for row in rows:  # one K after the other: ImageNet's features at all of them would not fit in memory
+        represent = lambda images: {"tokens": pooled(model, images, row["keep"], run)[0]}
+        train, train_labels = cached(represent, train_set, chosen, args, run, f"K = {row['keep']}: training images")
+        val, val_labels = cached(represent, dataset, args.num, args, run, f"K = {row['keep']}: val images")
+        if run.main:
+            pairs = (train["tokens"], train_labels), (val["tokens"], val_labels)
+            row["probe_top1"] = linear_probe(*pairs, train_set.num_classes, args, run.device)[1]
+            row["encoder_gmacs"] = multiply_adds(model.encoder, config.size, row["keep"]) / 1e9
     if not run.main:
         return
-    for row in rows:
-        pairs = (train[row["keep"]], train_labels), (val[row["keep"]], val_labels)
-        row["probe_top1"] = linear_probe(*pairs, train_set.num_classes, args, run.device)[1]
-        row["encoder_gmacs"] = multiply_adds(model.encoder, config.size, row["keep"]) / 1e9
     fd = [features.r_name(args.num)] if features else []
     print(f"{args.ckpt} on {args.num} val images of {args.data}; probe trained on {len(train_labels)} images")
     print(f"{'K':>5} {'PSNR':>7} {'probe top-1':>12} {'multiply-adds':>15}" + "".join(f" {name:>10}" for name in fd))
@@ -1018,8 +1024,8 @@ def sweep(args, argv):
     picture = os.path.join(args.out, "sweep.png")
     plot_rows(rows, picture, [*fd, "psnr", "probe_top1", "encoder_gmacs"], x="keep")
     write_results(os.path.join(args.out, "sweep.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
-                  tokenizer=weights_hash(model.state_dict()), **(features.record if features else {}),
-                  reference="the same val crops", train_num=len(train_labels), epochs=args.epochs, lr=args.lr, results=rows)
+                  tokenizer=weights_hash(model.state_dict()), **record, train_num=len(train_labels), epochs=args.epochs,
+                  lr=args.lr, results=rows)
     print(f"wrote {args.out}/sweep.json and {picture}")
 
 
@@ -1038,12 +1044,12 @@ def load_recovery(path, model):
 def ablate_source(args, argv):
     model, dataset, run = open_tokenizer(args)
     config = model.config
-    features = open_features(args, config.size, run, required=False)
     keeps = args.keep or [config.keep]
     guesses = {"true": lambda e: e.source, "predicted": lambda e: model.recover(e.codes)}
     if args.recovery:
         tuned = load_recovery(args.recovery, model)
         guesses["fine-tuned"] = lambda e: tuned(codes_to_bits(e.codes, config.bits)).argmax(-1)
+    features = open_features(args, config.size, run, required=False)
     cases = [(keep, name) for keep in keeps for name in guesses]
     values, real, moments = {case: [] for case in cases}, Moments(), {case: Moments() for case in cases}
     for images, _ in val_batches(dataset, args.num, args, "ablate source", run):
@@ -1077,8 +1083,8 @@ def ablate_source(args, argv):
         print(f"{row['keep']:5}  {row['source']:<11} {row['accuracy']:8.2%} {row['psnr']:7.2f}"
               + "".join(f" {row[name]:10.4f}" for name in fd))
     write_results(os.path.join(args.out, "ablate_source.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
-                  tokenizer=weights_hash(model.state_dict()), recovery=args.recovery, **(features.record if features else {}),
-                  reference="the same val crops", results=results)
+                  tokenizer=weights_hash(model.state_dict()), recovery=args.recovery, **against_originals(features, reference),
+                  results=results)
     print(f"wrote {args.out}/ablate_source.json")
 
 
