@@ -363,7 +363,7 @@ def luminance(color):
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
-# few colours, so that a code of nine bits can hold one: red, orange, yellow, green, blue, purple on four dark and four
+# few colours, so that a code of eight bits can hold one: red, orange, yellow, green, blue, purple on four dark and four
 # light backgrounds
 OBJECT_COLORS = np.array([(.90, .15, .15), (1.0, .55, .10), (1.0, .90, .15),
                           (.15, .70, .25), (.15, .30, .90), (.55, .20, .75)])

@@ -1,38 +1,65 @@
 """Measure what the other scripts made, and see it. One command each:
 
-    python eval.py recon                                   # PSNR, SSIM, code usage of out/tokenizer/ckpt.pt on val
+    python eval.py train-classifier                        # a small CNN that knows the classes, about a minute
+    python eval.py recon                                   # r-Frechet, PSNR, SSIM, code usage of out/tokenizer/ckpt.pt on val
     python eval.py recon --keep 16,36,64 --num 200         # several K, the first 200 images
     python eval.py maps --keep 16,36,64                    # a picture of which patches merge
-    python eval.py train-classifier                        # a small CNN that knows the classes, about a minute
-    python eval.py gen --cfg 1,1.5,2,3                     # how many samples the CNN assigns to the asked class
+    python eval.py gen --cfg 1,1.5,2,3                     # samples against training images: Frechet, IS, precision, recall,
+                                                           # and how many of them the CNN assigns to the asked class
     python eval.py gen --samples samples.npz               # the same for images drawn before (arr_0 uint8, arr_1 labels)
+    python eval.py stats                                   # the training images' mu and sigma, for gen --reference
+    python eval.py probe                                   # linear probe: tokens, random encoder, pixels
+    python eval.py finetune                                # the whole encoder trained as a classifier
+    python eval.py sweep                                   # reconstruction, probe and cost against K: paper Table 4
+    python eval.py ablate-source                           # true against predicted source: paper Table 5
+    python eval.py speed                                   # decoding of the three modes and more, as ratios within one run
 
-    python eval.py recon --ckpt out/g/ckpt.pt --data data/imagenet --batch-size 64     # full size, one GPU
+    torchrun --nproc_per_node=8 -- eval.py recon --ckpt out/g/ckpt.pt --data data/imagenet --features inception --num 50000
 
-Every command writes its numbers to a JSON file in --out, beside what one must know to compare them: the command, the
-hash of the weights, the number of images, the data, the dtype. The metrics are plain functions at the top. They are
-computed in float64 image by image, so no number depends on the batch size.
+What a Frechet distance looks at is --features: the CNN of train-classifier, whose numbers are called fd and is-clf and mean
+something within one project only, or the Inception network, whose numbers are called FID and IS. Other than 50,000 images
+are part of the name: FID-10k, fd-1000. Reconstructions are compared with the same val crops, samples with training images.
+
+Every command writes its numbers to a JSON file in --out, beside what one must know to compare them: the command, hashes of
+the weights and of the reference, the number of images, the data, the dtype, the seed. The metrics are plain functions at the
+top. They are computed in float64 from sums over images, so that no number depends on the batch size or on the number of
+processes beyond the rounding of the networks.
 """
 
 import contextlib
+import copy
+import dataclasses
+import functools
+import json
 import math
 import os
+import shlex
 import sys
+import time
+import zipfile
 from collections import OrderedDict
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import UserError, batches, build_dataset, image_grid, run_main, to_uint8
 from generate import check_keep
-from mergear import decode_codes, load_generator, sample_codes
-from recovery import (common_flags, enlarge, make_folder, map_scale, merge_map, number, numbers,
-                      open_tokenizer, pick_images, val_batches, write_results)
-from tokenizer import (Parser, ResBlock, Run, adamw, code_statistics, load_checkpoint, load_weights, loader_workers, pick_device,
-                       prepare_out, psnr, save_checkpoint, seeded, weights_hash)
+from mergear import (GPT, MODES, GPTConfig, arccos_steps, decode_codes, decode_in_turn, decode_parallel, load_generator, pick_codes,
+                     sample_codes)
+from recovery import (common_flags, enlarge, gather, load_recovery, make_folder, map_scale, merge_map, number, numbers,
+                      open_tokenizer, pick_images, share, val_batches, write_results)
+from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfig, adamw, append_metrics, arg, canonical_source,
+                       check_batch, code_statistics, codes_to_bits, learning_rate, lfq_entropy, load_checkpoint, load_lpips,
+                       load_tokenizer, load_weights, loader_workers, match_tokens, mean_over_ranks, merge_schedule, merge_tokens,
+                       parse_config, pick_device, plot_curves, plot_rows, prepare_out, psnr, save_checkpoint, seeded, start_run,
+                       update_ema, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -56,11 +83,33 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     mu1, sigma1, mu2, sigma2 = (check_finite(name, x) for name, x in
                                 dict(mu1=mu1, sigma1=sigma1, mu2=mu2, sigma2=sigma2).items())
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1]:
+        raise UserError(f"Frechet distance of {len(mu1)} and {len(mu2)} features: both sides must be made with the same network")
     values, vectors = torch.linalg.eigh(sigma1)
     in_range = values > values.max() * len(values) * torch.finfo(values.dtype).eps    # the others are rounding errors of 0
     A = vectors[:, in_range] * values[in_range].sqrt()                                # (D,rank)
     cross = torch.linalg.eigvalsh(A.T @ sigma2 @ A).clamp_min(0).sqrt().sum()
     return ((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross).item()
+
+
+class Moments:
+    """Mean and covariance of rows that come in batches, for a Frechet distance. Sums in float64 over images, not means
+    over batches: neither the batch size nor the number of processes changes the result beyond the last digits."""
+    def __init__(self):
+        self.num, self.sum, self.outer = 0, 0.0, 0.0
+
+    def add(self, rows):  # (B,D) float64
+        self.num += len(rows)
+        self.sum += rows.sum(0)
+        self.outer += rows.T @ rows
+
+    def statistics(self, run):
+        """-> (mu (D,), sigma (D,D)) over the rows of all ranks; sigma divides by N - 1, as np.cov does."""
+        num, total, outer = (gather(torch.as_tensor(x)[None], run).sum(0) for x in (self.num, self.sum, self.outer))
+        if num < 2:
+            raise UserError("the covariance of 1 image is not defined: pass a larger --num, or --features none")
+        mu = total / num
+        return mu, (outer - num * torch.outer(mu, mu)) / (num - 1)
 
 
 def inception_score(probs, splits=10, seed=0):
@@ -83,6 +132,27 @@ def inception_score(probs, splits=10, seed=0):
         scores.append(divergence.mean().exp())
     scores = torch.stack(scores)
     return scores.mean().item(), scores.std(correction=0).item()
+
+
+def precision_recall(real, fake, k=3, chunk=1000):
+    """Improved precision and recall (1904.06991) of features real (N,D), fake (M,D) -> (precision, recall).
+
+    Precision: the share of fakes that lie in a ball around some real image, whose radius is the distance from that image
+    to its k-th nearest other real image. Recall: the same with the roles exchanged. Both grow with the number of images
+    that the balls are drawn around, so compare at equal N and M.
+    """
+    real, fake = check_finite("real features", real), check_finite("fake features", fake)
+    if min(len(real), len(fake)) <= k:
+        raise UserError(f"precision and recall of {len(real)} and {len(fake)} images: {k} neighbours need {k + 1} at least")
+
+    def radii(x):  # an image is its own nearest neighbour, so one more is asked for
+        return torch.cat([torch.cdist(part, x).topk(k + 1, largest=False).values[:, -1] for part in x.split(chunk)])
+
+    def covered(x, centers):
+        radius = radii(centers)
+        return torch.cat([(torch.cdist(part, centers) <= radius).any(1) for part in x.split(chunk)]).double().mean().item()
+
+    return covered(fake, real), covered(real, fake)
 
 
 SSIM_WINDOW = 11
@@ -238,40 +308,143 @@ def load_inception(path, device="cpu", shrink=1):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Features: what a fixed network sees in an image. Frechet distance, Inception Score, precision and recall look at nothing else
+
+CLASSIFIER = "out/classifier/ckpt.pt"  # where train-classifier writes
+
+
+class Features(NamedTuple):
+    """A frozen network with what its numbers are called, and what to record beside them."""
+    network: nn.Module  # images (B,3,H,W) float32 in [-1,1] -> features (B,D), logits (B,C)
+    frechet: str        # fd, or FID for the Inception network that the name stands for
+    score: str          # is-clf, or IS
+    judge: dict         # the classifier's checkpoint: config, class_names, val_accuracy; empty for Inception
+    record: dict        # for the result file
+
+    def r_name(self, num):
+        """Name of the distance between reconstructions and their originals: rFID, rfd-1000."""
+        return labelled("r" + self.frechet, num)
+
+    @torch.no_grad()
+    def __call__(self, images):
+        """Images on any device -> features (B,D), logits (B,C), float64 on the CPU; computed in float32, never autocast."""
+        device = next(self.network.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            features, logits = self.network(images.to(device).float())
+        return check_finite("features", features.cpu()), check_finite("logits", logits.cpu())
+
+
+def open_features(args, size, run, required=True):
+    """--features for images of `size` px (0: any) -> Features. None for `none`, and where neither a classifier was named nor
+    the default one exists, unless `required`."""
+    if args.features == "none":
+        return None
+    torch.set_float32_matmul_precision("highest")  # no TF32: a Frechet distance is compared with those of other machines
+    torch.backends.cudnn.allow_tf32 = False
+    if args.features == "inception":
+        network, judge, names = load_inception(args.inception_weights, run.device), {}, ("FID", "IS")
+    elif not required and args.classifier == CLASSIFIER and not os.path.exists(CLASSIFIER):
+        print(f"there is no {CLASSIFIER}, so no Frechet distance is measured: `python eval.py train-classifier` makes one",
+              file=sys.stderr)
+        return None
+    else:
+        network, judge = load_classifier(args.classifier, run.device)
+        names = ("fd", "is-clf")
+        if size and judge["config"]["size"] != size:
+            raise UserError(f"--classifier {args.classifier} judges images of {judge['config']['size']} px, but these have "
+                            f"{size} px: train one on the same --data and --size")
+    record = dict(features=args.features, features_hash=weights_hash(network.state_dict()))
+    if judge:
+        record.update(classifier=args.classifier, val_accuracy=judge["val_accuracy"])
+    return Features(network, *names, judge, record)
+
+
+def reference_hash(mu, sigma):
+    """Two equal hashes: the same statistics, to the last digit."""
+    return weights_hash(dict(mu=torch.as_tensor(mu), sigma=torch.as_tensor(sigma)))
+
+
+def against_originals(features, statistics):
+    """What to record beside an r-Frechet distance, whose reference are the val crops that were encoded."""
+    return dict(features.record, reference="the same val crops", reference_hash=reference_hash(*statistics)) if features else {}
+
+
+def labelled(name, num):
+    """FID of 10,000 images -> "FID-10k": whatever was not measured on the customary 50,000 says so in its name."""
+    if num == 50_000:
+        return name
+    return f"{name}-{num // 1000}k" if num >= 10_000 and num % 1000 == 0 else f"{name}-{num}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # recon: how well the tokenizer gives images back
 
 @torch.no_grad()
-def recon(args, argv):
-    model, dataset, run = open_tokenizer(args)
-    config = model.config
-    keeps = args.keep or sorted({config.keep, config.length})
-    counts = {keep: torch.zeros(2 ** config.bits, dtype=torch.long) for keep in keeps}
-    values = {keep: [] for keep in keeps}                                             # (b,3) each: psnr, ssim, recovery
-    for images, _ in val_batches(dataset, args.num, args, "recon"):
+def reconstruct(model, dataset, keeps, features, lpips, args, run):
+    """Encode and decode the first --num val images at each K -> (a dict of measures for each K, what to record beside them).
+
+    Over all ranks. The reference of the Frechet distance are the very crops that were encoded; features and lpips may be None.
+    """
+    bits = model.config.bits
+    counts = {keep: torch.zeros(2 ** bits, dtype=torch.long) for keep in keeps}
+    values = {keep: [] for keep in keeps}                                # (b,3 or 4) each: psnr, ssim, recovery, lpips
+    real, decoded_moments = Moments(), {keep: Moments() for keep in keeps}
+    for images, _ in val_batches(dataset, args.num, args, "reconstruct", run):
         images = images.to(run.device)
+        if features:
+            real.add(features(images)[0])
         for keep in keeps:
             with run.autocast():
                 encoded = model.encode(images, keep)
                 predicted, decoded = model.recover(encoded.codes), model.decode(encoded.codes, encoded.source)
             pair = (decoded, images) if run.device.type != "mps" else (decoded.cpu(), images.cpu())     # MPS has no float64
-            hits = (predicted == encoded.source).cpu().double().mean(1)
-            values[keep].append(torch.stack([psnr(*pair).cpu(), ssim(*pair).cpu(), hits], 1))
-            counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** config.bits)
+            columns = [psnr(*pair), ssim(*pair), (predicted == encoded.source).float().mean(1)]
+            if lpips:
+                columns.append(lpips(decoded.clamp(-1, 1), images))
+            values[keep].append(torch.stack([column.double().cpu() for column in columns], 1))
+            counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** bits)
+            if features:
+                decoded_moments[keep].add(features(eight_bit(decoded))[0])
 
+    rows, reference = [], real.statistics(run) if features else None
+    for keep in keeps:
+        table, seen = gather(torch.cat(values[keep]), run), gather(counts[keep][None], run).sum(0)
+        check_finite(f"PSNR, SSIM, LPIPS at K = {keep}", table.masked_fill(table == math.inf, 0))      # equal images: PSNR inf
+        p, s, hits, *distance = table.mean(0).tolist()
+        usage, perplexity = code_statistics(seen)
+        imbalance, dead = bit_balance(seen, bits)
+        row = dict(keep=keep, psnr=p if p < math.inf else "inf", ssim=s, usage=usage, perplexity=perplexity,
+                   bit_imbalance=imbalance, dead_bits=dead, recovery_accuracy=hits, codes_seen=int(seen.sum()))
+        if lpips:
+            row["lpips"] = distance[0]
+        if features:
+            row[features.r_name(args.num)] = frechet_distance(*reference, *decoded_moments[keep].statistics(run))
+        rows.append(row)
+    return rows, against_originals(features, reference)
+
+
+@torch.no_grad()
+def recon(args, argv):
+    model, dataset, run = open_tokenizer(args)
+    config = model.config
+    features = open_features(args, config.size, run, required=False)
+    lpips = load_lpips(args.lpips_weights, args.vgg_weights, run.device) if args.lpips_weights else None
+    keeps = args.keep or sorted({config.keep, config.length})
+    rows, record = reconstruct(model, dataset, keeps, features, lpips, args, run)
+    unreadable = int(gather(torch.tensor([len(dataset.skipped())]), run).sum())
+    if not run.main:
+        return
     print(f"{args.ckpt} on {args.num} val images of {args.data}, {config.size} px, L = {config.length}, "
           f"{run.dtype} on {run.device}")
+    more = ["lpips"] * bool(lpips) + ([features.r_name(args.num)] if features else [])
     print(f"{'K':>5} {'PSNR':>7} {'SSIM':>7} {'usage':>7} {'perplexity':>11} {'bit imbalance':>14} {'dead bits':>10} "
-          f"{'recovery':>9}")
-    results = []
-    for keep in keeps:
-        p, s, hits = check_finite(f"PSNR, SSIM at K = {keep}", torch.cat(values[keep])).mean(0).tolist()
-        usage, perplexity = code_statistics(counts[keep])
-        imbalance, dead = bit_balance(counts[keep], config.bits)
-        print(f"{keep:5} {p:7.2f} {s:7.4f} {usage:7.1%} {perplexity:11.1f} {imbalance:14.3f} {dead:10} {hits:9.2%}")
-        results.append(dict(keep=keep, psnr=p, ssim=s, usage=usage, perplexity=perplexity, bit_imbalance=imbalance,
-                            dead_bits=dead, recovery_accuracy=hits, codes_seen=int(counts[keep].sum())))
+          f"{'recovery':>9}" + "".join(f" {key:>10}" for key in more))
+    for row in rows:
+        print(f"{row['keep']:5} {float(row['psnr']):7.2f} {row['ssim']:7.4f} {row['usage']:7.1%} {row['perplexity']:11.1f} "
+              f"{row['bit_imbalance']:14.3f} {row['dead_bits']:10} {row['recovery_accuracy']:9.2%}"
+              + "".join(f" {row[key]:10.4f}" for key in more))
     write_results(os.path.join(args.out, "recon.json"), "eval.py", argv, args, run, size=config.size, bits=config.bits,
-                  tokenizer=weights_hash(model.state_dict()), weights="ema", unreadable=len(dataset.skipped()), results=results)
+                  tokenizer=weights_hash(model.state_dict()), weights="ema", **record, unreadable=unreadable, results=rows)
 
     images = pick_images(dataset, 8, args.seed)
     rows = [images]
@@ -290,6 +463,8 @@ def recon(args, argv):
 @torch.no_grad()
 def maps(args, argv):
     model, dataset, run = open_tokenizer(args)
+    if not run.main:  # one picture needs one process
+        return
     images = pick_images(dataset, args.num, args.seed)
     scale = map_scale(images.shape[-1])
     rows, titles = [enlarge(images, scale)], ["image"]
@@ -307,7 +482,7 @@ def maps(args, argv):
 # train-classifier: a judge for class-conditional samples that needs no download
 
 class Classifier(nn.Module):
-    """Small residual CNN: (B,3,size,size) -> (B,num_classes) logits. 0.3M parameters at 32 px."""
+    """Small residual CNN: (B,3,size,size) -> pooled features (B,c), logits (B,num_classes). 0.3M parameters at 32 px."""
     def __init__(self, size, num_classes):
         super().__init__()
         stages = max(2, round(math.log2(size / 4)))           # the last one works on 4 x 4 or so
@@ -320,17 +495,23 @@ class Classifier(nn.Module):
         self.to_logits = nn.Linear(c, num_classes)
 
     def forward(self, images):
-        return self.to_logits(self.features(images).mean((2, 3)))
+        pooled = self.features(images).mean((2, 3))
+        return pooled, self.to_logits(pooled)
 
 
 @torch.no_grad()
 def accuracy(model, labelled_batches, run):
     """Share of images that the classifier assigns to their label, over batches of (images, labels)."""
-    hits = [model(images.to(run.device)).argmax(1).cpu() == labels for images, labels in labelled_batches]
-    return torch.cat(hits).double().mean().item()
+    hits = []
+    for images, labels in labelled_batches:
+        _, logits = model(images.to(run.device))
+        hits.append(check_finite("logits", logits.cpu()).argmax(1) == labels)
+    return gather(torch.cat(hits), run).double().mean().item()
 
 
 def train_classifier(args, argv):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("train-classifier runs on one process: start it with python, not torchrun")
     device, dtype = pick_device(args.device, args.dtype)
     run, args.resume = Run(0, 1, device, dtype), False
     train_set = build_dataset(args.data, "train", args.size, train=True, seed=args.seed)
@@ -348,7 +529,7 @@ def train_classifier(args, argv):
     for step in bar:
         images, labels = next(stream)
         with run.autocast():
-            logits = model(images.to(device))
+            _, logits = model(images.to(device))
         loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=0.1)
         loss.backward()
         optimizer.step()
@@ -374,10 +555,97 @@ def load_classifier(path, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# gen: does the generator draw what it was asked for?
+# stats: what generated images are compared with
+
+def statistics_of(dataset, features, args, run):
+    """mu (D,), sigma (D,D) of the features of all centre crops of a data set."""
+    moments = Moments()
+    for images, _ in val_batches(dataset, len(dataset), args, "reference", run):
+        moments.add(features(images)[0])
+    return moments.statistics(run)
+
+
+def stats(args, argv):
+    if args.features == "inception" and not args.size:
+        raise UserError("--features inception takes any image size: pass --size, that of the images which you will compare")
+    run = start_run(args)
+    features = open_features(args, args.size, run)
+    args.size = args.size or features.judge["config"]["size"]
+    dataset = build_dataset(args.data, "train", args.size, train=False)
+    args.num = len(dataset)
+    make_folder(args.out)
+    mu, sigma = statistics_of(dataset, features, args, run)
+    if not run.main:
+        return
+    path = os.path.join(args.out, "stats.npz")
+    np.savez(f"{path}.tmp.npz", mu=mu, sigma=sigma, features_hash=features.record["features_hash"], size=args.size, num=args.num)
+    os.replace(f"{path}.tmp.npz", path)
+    write_results(os.path.join(args.out, "stats.json"), "eval.py", argv, args, run, size=args.size, split="train",
+                  reference_hash=reference_hash(mu, sigma), unreadable=len(dataset.skipped()), **features.record)
+    print(f"{args.num} training images of {args.data}, {args.size} px, {len(mu)} features; wrote {path}: "
+          f"python eval.py gen --features {args.features} --reference {path}")
+
+
+class Reference(NamedTuple):
+    mu: torch.Tensor     # (D,)
+    sigma: torch.Tensor  # (D,D)
+    rows: torch.Tensor   # (M,D) features of real images, for precision and recall; None when there are no images at hand
+    record: dict
+
+
+def read_reference(path, features, size):
+    """npz of `stats`, or ADM's -> (mu (D,), sigma (D,D), real images (M,H,W,3) uint8 or None). Raises UserError."""
+    try:
+        with np.load(path) as file:
+            mu, sigma, made_with = file["mu"], file["sigma"], str(file.get("features_hash", ""))
+            pixels, made_size = file.get("arr_0"), int(file.get("size", size))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as e:
+        raise UserError(f"--reference {path} cannot be read ({e}): pass an npz with mu and sigma, as `eval.py stats` writes it")
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"--reference {path}: mu is {mu.shape}, sigma {sigma.shape}; (D,) and (D,D) are needed")
+    if made_with != features.record["features_hash"] and (made_with or features.judge):  # ADM's files name no network
+        raise UserError(f"--reference {path} was not made with these {features.record['features']} features: "
+                        "make another one by `python eval.py stats`")
+    if made_size != size:
+        raise UserError(f"--reference {path} was made of images of {made_size} px, but these have {size} px: "
+                        f"make another one by `python eval.py stats --size {size}`")
+    return torch.as_tensor(mu).double(), torch.as_tensor(sigma).double(), pixels
+
+
+def open_reference(args, features, size, run):
+    """--reference, or else all training images of --data -> Reference. The real images beside it: those in the file, or as
+    many as --num, drawn from the training images by the seed."""
+    if not args.reference and not args.data:
+        raise UserError("there is nothing to compare with: pass --reference, or --data with the training images")
+    dataset = build_dataset(args.data, "train", size, train=False) if args.data else None
+    pixels = None
+    if args.reference:
+        mu, sigma, pixels = read_reference(args.reference, features, size)
+    else:
+        mu, sigma = statistics_of(dataset, features, args, run)
+    rows = None
+    if pixels is not None:
+        rows = torch.cat([features(images)[0] for images, _ in file_batches(pixels, args, run)])
+    elif dataset is not None:
+        chosen = subset(len(dataset), args.num, args.seed)
+        rows = torch.cat([features(images)[0] for images, _ in val_batches(dataset, chosen, args, "real images", run)])
+    return Reference(mu, sigma, None if rows is None else gather(rows, run),
+                     dict(reference=args.reference or f"train split of {args.data}", reference_hash=reference_hash(mu, sigma)))
+
+
+def subset(total, num, seed):
+    """`num` places of 0 ... total - 1 drawn by the seed, in order; all of them when num is 0 or more than there are."""
+    if num == 0 or num >= total:
+        return list(range(total))
+    return sorted(np.random.default_rng(seed).choice(total, num, replace=False).tolist())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# gen: are the samples like the training images, and what they were asked to be?
 
 def eight_bit(images):
-    """Images as a file would hold them: (B,3,H,W) in [-1,1] -> the same rounded to 8 bits."""
+    """Images as a file would hold them: (B,3,H,W) in [-1,1] -> the same rounded to 8 bits, on the CPU."""
+    check_finite("images", images.cpu())
     return from_uint8(to_uint8(images))
 
 
@@ -386,89 +654,134 @@ def from_uint8(pixels):
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+class Drawn(NamedTuple):
+    """Generated images, however they come."""
+    labels: torch.Tensor  # (N,) asked classes
+    size: int
+    num_classes: int      # of the generator; of a file, the highest label + 1
+    streams: object       # yields (cfg, batches), and batches yields (images (b,3,H,W), place of the first)
+    tokenizer: object     # MergeVQ; None for a file
+    record: dict
+
+
 def read_samples(path, num):
-    """npz of images (arr_0, uint8 NHWC) and asked classes (arr_1) -> (images in [-1,1], labels), the first num; 0: all."""
+    """npz of images (arr_0, uint8 NHWC) and asked classes (arr_1) -> both as arrays, the first num; 0: all."""
     try:
         with np.load(path) as file:
             pixels, labels = file["arr_0"], file["arr_1"]
-    except (OSError, KeyError, ValueError) as e:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as e:
         raise UserError(f"--samples {path} cannot be read ({e}): pass an npz with images in arr_0 and labels in arr_1")
     fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and labels.shape == pixels.shape[:1]
-    if not fits or not len(labels):
+    if not fits or not len(labels) or labels.min() < 0:
         raise UserError(f"--samples {path}: arr_0 is {pixels.dtype} {pixels.shape}, arr_1 {labels.shape}; "
-                        "uint8 (N,H,W,3) and (N,) are needed")
+                        "uint8 (N,H,W,3) and (N,) class ids are needed")
     num = num or len(labels)
-    return from_uint8(pixels[:num]), torch.from_numpy(labels[:num].astype(np.int64))
+    return pixels[:num], labels[:num].astype(np.int64)
 
 
-def class_agreement(classifier, images, labels, batch_size, run):
-    """Images, asked classes -> (share that the classifier assigns to its asked class, the share of each class)."""
-    predicted = torch.cat([classifier(part.to(run.device)).argmax(1).cpu() for part in images.split(batch_size)])
-    hits = (predicted == labels).double()
-    return hits.mean().item(), {int(c): hits[labels == c].mean().item() for c in labels.unique()}
+def file_batches(pixels, args, run):
+    """Images of a file, this rank's share: yields (images, place of the first)."""
+    rows = share(len(pixels), run)
+    for start in range(rows.start, rows.stop, args.batch_size):
+        yield from_uint8(pixels[start:min(start + args.batch_size, rows.stop)]), start
 
 
-def open_file(args, judge):
-    """--samples -> (labels (N,), [(None, images)], what to record)."""
-    images, labels = read_samples(args.samples, args.num)
-    size, classes = judge["config"]["size"], judge["config"]["num_classes"]
-    if images.shape[2:] != (size, size) or not 0 <= labels.min() <= labels.max() < classes:
-        raise UserError(f"--samples {args.samples} has images of {tuple(images.shape[2:])} px and classes {int(labels.min())} to "
-                        f"{int(labels.max())}, but --classifier {args.classifier} judges {size} px and {classes} classes")
-    args.ckpt, args.num = args.samples, len(images)
-    return labels, [(None, images)], {}
+@torch.no_grad()
+def drawn_batches(gpt, tokenizer, labels, cfg, args, run):
+    """Draw images as generate.py does, image i a function of (seed, i) and its class; this rank's share."""
+    rows, keep = share(len(labels), run), check_keep(args.keep, gpt.config)
+    starts = range(rows.start, rows.stop, args.batch_size)
+    for start in tqdm(starts, f"cfg {cfg}", dynamic_ncols=True, leave=False, disable=not run.main):
+        wanted = labels[start:min(start + args.batch_size, rows.stop)]
+        codes = sample_codes(gpt, wanted, cfg, args.temperature, args.top_k, args.top_p, args.seed, start, keep)
+        yield decode_codes(gpt, tokenizer, codes, start).float(), start
 
 
-def open_generator(args, judge, classifier, run):
-    """--ckpt -> (labels (N,), iterator over (cfg, images), what to record). Measures the tokenizer's part on the way."""
+def open_samples(args, run):
+    """--samples -> Drawn."""
+    pixels, labels = read_samples(args.samples, args.num)
+    args.ckpt, args.num = args.samples, len(pixels)
+    streams = [(None, file_batches(pixels, args, run))]
+    return Drawn(torch.from_numpy(labels), pixels.shape[1], int(labels.max()) + 1, streams, None, {})
+
+
+def open_generator(args, run):
+    """--ckpt -> Drawn, one stream for each --cfg."""
     gpt, tokenizer = load_generator(args.ckpt, run.device)
-    size, classes = judge["config"]["size"], judge["config"]["num_classes"]
-    if gpt.config.num_classes != classes or tokenizer.config.size != size:
-        raise UserError(f"--ckpt {args.ckpt} draws {gpt.config.num_classes} classes at {tokenizer.config.size} px, but "
-                        f"--classifier {args.classifier} judges {classes} at {size} px: train one on the same --data, --size")
     if args.num < 1:
         raise UserError("--num 0 means all of --samples; pass how many images the generator shall draw")
-    args.data = args.data or tokenizer.config.data
-    reconstructed = reconstructed_accuracy(classifier, tokenizer, args, run)
-    print(f"the classifier is right on {reconstructed:.1%} of val images that went through the tokenizer")
+    keep, num_classes = check_keep(args.keep, gpt.config), gpt.config.num_classes
+    if gpt.config.mode == "randar":
+        tokenizer.recovery = load_recovery(args.recovery, tokenizer)
     record = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), weights="ema",
-                  reconstructed_accuracy=reconstructed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                  keep=check_keep(args.keep, gpt.config))
-    gpt = gpt.to(run.dtype)
-    labels = torch.arange(args.num) % classes
-    return labels, ((cfg, draw_images(gpt, tokenizer, labels, cfg, args)) for cfg in args.cfg), record
+                  recovery=weights_hash(tokenizer.recovery.state_dict()), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, keep=keep)
+    args.data = args.data or tokenizer.config.data
+    gpt, labels = gpt.to(run.dtype), torch.arange(args.num) % max(1, num_classes)
+    scales = args.cfg if num_classes else [1.0]  # without classes there is nothing to guide
+    streams = ((cfg, drawn_batches(gpt, tokenizer, labels, cfg, args, run)) for cfg in scales)
+    return Drawn(labels, tokenizer.config.size, num_classes, streams, tokenizer, record)
 
 
 @torch.no_grad()
 def gen(args, argv):
-    device, dtype = pick_device(args.device, args.dtype)
-    run = Run(0, 1, device, dtype)
-    classifier, judge = load_classifier(args.classifier, device)
+    run = start_run(args)
+    drawn = open_samples(args, run) if args.samples else open_generator(args, run)
+    if args.num < 10:
+        raise UserError(f"{args.num} samples are too few for any of the measures: pass --num of at least 10")
+    features = open_features(args, drawn.size, run)
+    record, judge = {**drawn.record, **features.record}, features.judge
+    if judge:
+        classes = judge["config"]["num_classes"]
+        if classes < drawn.num_classes or drawn.tokenizer and classes != drawn.num_classes:
+            raise UserError(f"{args.ckpt} has samples of {drawn.num_classes} classes, but --classifier {args.classifier} judges "
+                            f"{classes}: train one on the same --data")
+        args.data = args.data or judge["config"].get("data", "")
     make_folder(args.out)
-    labels, draws, record = open_file(args, judge) if args.samples else open_generator(args, judge, classifier, run)
-    print(f"the classifier is right on {judge['val_accuracy']:.1%} of {judge['val_num']} real val images")
-    print(f"{'cfg':>6} {'samples':>8} {'judged as asked':>16}")
-    names, results = judge["class_names"], []
-    for cfg, images in draws:
-        share, per_class = class_agreement(classifier, eight_bit(images), labels, args.batch_size, run)
-        print(f"{'-' if cfg is None else cfg:>6} {len(images):8} {share:16.1%}")
-        results.append(dict(cfg=cfg, agreement=share, per_class={names[c]: v for c, v in per_class.items()}))
+    reference = open_reference(args, features, drawn.size, run)
+    if judge and drawn.tokenizer:
+        record["reconstructed_accuracy"] = reconstructed_accuracy(features.network, drawn.tokenizer, args, run)
+    device = run.device if run.device.type == "cuda" else "cpu"  # MPS has no float64
+    fd, score = labelled(features.frechet, args.num), labelled(features.score, args.num)
+    if run.main:
+        if judge:
+            print(f"the classifier is right on {judge['val_accuracy']:.1%} of {judge['val_num']} real val images")
+        if "reconstructed_accuracy" in record:
+            print(f"and on {record['reconstructed_accuracy']:.1%} of {args.num} that went through the tokenizer")
+        print(f"{args.num} samples against {reference.record['reference']}")
+        print(f"{'cfg':>6} {fd:>10} {score:>16} {'precision':>9} {'recall':>7} {'judged as asked':>16}")
+
+    results = []
+    for cfg, stream in drawn.streams:
+        moments, rows, logits, shown = Moments(), [], [], []
+        for images, start in stream:
+            seen, guess = features(eight_bit(images))
+            moments.add(seen)
+            rows.append(seen)
+            logits.append(guess)
+            shown += images.cpu() if run.main and start < 40 else []
+        mu, sigma = moments.statistics(run)
+        rows, probs = gather(torch.cat(rows), run), gather(torch.cat(logits), run).softmax(1)
+        if not run.main:
+            continue
+        mean, std = inception_score(probs, 10, args.seed)
+        row = {"cfg": cfg, fd: frechet_distance(reference.mu, reference.sigma, mu, sigma), score: mean, f"{score}_std": std}
+        if reference.rows is not None:
+            row["precision"], row["recall"] = precision_recall(reference.rows.to(device), rows.to(device))
+        if judge:
+            hits, names = (probs.argmax(1) == drawn.labels).double(), judge["class_names"]
+            row["agreement"] = hits.mean().item()
+            row["per_class"] = {names[c]: hits[drawn.labels == c].mean().item() for c in drawn.labels.unique()}
+        cell = lambda key, form: format(row[key], form) if key in row else "-"
+        print(f"{'-' if cfg is None else cfg:>6} {row[fd]:10.3f} {mean:8.3f} +- {std:4.2f} {cell('precision', '.3f'):>9} "
+              f"{cell('recall', '.3f'):>7} {cell('agreement', '.1%'):>16}")
+        results.append(row)
         picture = os.path.join(args.out, "samples.png" if cfg is None else f"samples_cfg{cfg:g}.png")
-        image_grid(images[:40], picture, labels=[names[c] for c in labels[:40]], columns=10)
-    write_results(os.path.join(args.out, "gen.json"), "eval.py", argv, args, run, size=judge["config"]["size"],
-                  classifier=args.classifier, classifier_hash=weights_hash(classifier.state_dict()),
-                  val_accuracy=judge["val_accuracy"], **record, results=results)
-    print(f"wrote {args.out}/gen.json and pictures")
-
-
-def draw_images(gpt, tokenizer, labels, cfg, args):
-    """Class ids (N,) -> images (N,3,H,W), as generate.py draws them: image i depends on (seed, i) and its class alone."""
-    images, keep = [], check_keep(args.keep, gpt.config)
-    for start in tqdm(range(0, len(labels), args.batch_size), f"cfg {cfg}", dynamic_ncols=True, leave=False):
-        codes = sample_codes(gpt, labels[start:start + args.batch_size], cfg, args.temperature, args.top_k, args.top_p,
-                             args.seed, start, keep)
-        images.append(decode_codes(gpt, tokenizer, codes, start).cpu())
-    return check_finite("samples", torch.cat(images)).float()
+        titles = [judge["class_names"][c] if judge else int(c) for c in drawn.labels[:40]]
+        image_grid(torch.stack(shown[:40]), picture, labels=titles, columns=10)
+    if run.main:
+        write_results(os.path.join(args.out, "gen.json"), "eval.py", argv, args, run, size=drawn.size, **record,
+                      **reference.record, real_images=0 if reference.rows is None else len(reference.rows), results=results)
+        print(f"wrote {args.out}/gen.json and pictures")
 
 
 def reconstructed_accuracy(classifier, tokenizer, args, run):
@@ -476,7 +789,7 @@ def reconstructed_accuracy(classifier, tokenizer, args, run):
     dataset = build_dataset(args.data, "val", tokenizer.config.size, train=False)
 
     def reconstructions():
-        for images, labels in val_batches(dataset, args.num, args, "reconstruct"):
+        for images, labels in val_batches(dataset, args.num, args, "reconstruct", run):
             with run.autocast():
                 encoded = tokenizer.encode(images.to(run.device))
                 decoded = tokenizer.decode(encoded.codes, encoded.source)
@@ -486,11 +799,545 @@ def reconstructed_accuracy(classifier, tokenizer, args, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# probe: what a linear layer reads off the frozen tokens (paper A.4, after MAE 2111.06377)
+
+PROBE_BATCH = 1024
+
+
+def pooled(model, images, keep, run):
+    """Frozen encoder: images -> (mean of the K latent tokens (B,D), class token (B,D)), float32 on the CPU."""
+    with run.autocast():
+        _, _, cls, tokens = model.encoder(images.to(run.device), keep)
+    return tokens.float().mean(1).cpu(), cls.float().cpu()
+
+
+@torch.no_grad()
+def cached(represent, dataset, rows, args, run, title):
+    """Run `represent`: images -> {name: (b,D)}, once over the images `rows` -> ({name: (N,D)}, labels (N,)), on all ranks.
+
+    In memory, in the type that `represent` gives. The crop is the centre crop: a cache has no room for augmentation.
+    """
+    parts, labels = {}, []
+    for images, label in val_batches(dataset, rows, args, title, run):
+        for name, x in represent(images).items():
+            check_finite(f"features of {name}", x)
+            parts.setdefault(name, []).append(x)
+        labels.append(label)
+    return {name: gather(torch.cat(part), run) for name, part in parts.items()}, gather(torch.cat(labels), run)
+
+
+def linear_probe(train, val, num_classes, args, device):
+    """Train BatchNorm without parameters and a linear layer on features (N,D) with labels (N,) -> (train, val) accuracy.
+
+    AdamW, cosine, batches of 1,024 (all images where there are fewer). The layer starts at zero: --seed orders the images only.
+    """
+    x, y = (t.to(device) for t in train)
+    head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False), nn.Linear(x.shape[1], num_classes)).to(device)
+    nn.init.zeros_(head[1].weight)
+    nn.init.zeros_(head[1].bias)
+    batch = min(PROBE_BATCH, len(x))
+    steps = len(x) // batch * args.epochs
+    optimizer = torch.optim.AdamW(head.parameters(), lr=args.lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for epoch in range(args.epochs):
+            order = torch.randperm(len(x), generator=seeded(args.seed, epoch)).to(device)
+            for rows in order[:len(x) // batch * batch].split(batch):
+                loss = F.cross_entropy(head(x[rows].float()), y[rows])
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    check_finite("weights of the probe", head[1].weight.detach().cpu())
+    head.eval()
+
+    def top1(x, y):
+        predicted = torch.cat([head(part.to(device).float()).argmax(1).cpu() for part in x.split(8192)])
+        return (predicted == y.cpu()).double().mean().item()
+
+    return top1(x, y), top1(*val)
+
+
+def open_probe(args, model, run):
+    """-> (training images as centre crops, places of those to use). Raises UserError when there is nothing to classify."""
+    dataset = build_dataset(args.data, "train", model.config.size, train=False)
+    if dataset.num_classes < 2:
+        raise UserError(f"--data {args.data} has no classes to tell apart: pass images in class folders")
+    return dataset, subset(len(dataset), args.train_num, args.seed)
+
+
+@torch.no_grad()
+def probe(args, argv):
+    model, val_set, run = open_tokenizer(args)
+    config, keeps = model.config, args.keep or [model.config.length]
+    train_set, rows = open_probe(args, model, run)
+    torch.manual_seed(args.seed)
+    untrained = MergeVQ(config).eval().to(run.device)
+
+    def represent(images):
+        found = {}
+        for keep in keeps:
+            found[f"tokens, K = {keep}"], found[f"class token, K = {keep}"] = pooled(model, images, keep, run)
+        found[f"random encoder, K = {config.length}"] = pooled(untrained, images, config.length, run)[0]
+        pixels = F.adaptive_avg_pool2d(images, min(config.size, 32))
+        found[f"pixels, {pixels.shape[-1]} px"] = torch.from_numpy(to_uint8(pixels)).flatten(1)        # uint8: no fourfold memory
+        return found
+
+    train, train_labels = cached(represent, train_set, rows, args, run, "training images")
+    val, val_labels = cached(represent, val_set, args.num, args, run, "val images")
+    if not run.main:
+        return
+    print(f"{args.ckpt}: linear probe on {len(train_labels)} training images, measured on {args.num} val images of {args.data}; "
+          f"{train_set.num_classes} classes")
+    print(f"{'features':<26} {'dimensions':>10} {'train top-1':>12} {'val top-1':>10}")
+    results = []
+    for name in train:
+        top1 = linear_probe((train[name], train_labels), (val[name], val_labels), train_set.num_classes, args, run.device)
+        results.append(dict(features=name, dimensions=train[name].shape[1], train_top1=top1[0], val_top1=top1[1]))
+        print(f"{name:<26} {train[name].shape[1]:10} {top1[0]:12.2%} {top1[1]:10.2%}")
+    write_results(os.path.join(args.out, "probe.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
+                  tokenizer=weights_hash(model.state_dict()), align=config.align, train_num=len(train_labels), epochs=args.epochs,
+                  lr=args.lr, results=results)
+    print(f"wrote {args.out}/probe.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# finetune: the whole encoder trained on the labels (paper A.4, after SimMIM 2111.09886 and MAE)
+
+@dataclasses.dataclass
+class FinetuneConfig(RunConfig):
+    """Defaults are for the tiny variant; RECIPES lists what the paper's setting changes."""
+    recipe: str = arg("tiny", "preset: tiny or paper", choices=("tiny", "paper"))
+    ckpt: str = arg("out/tokenizer/ckpt.pt", "tokenizer whose encoder is fine-tuned")
+    out: str = arg("out/finetune", "folder for checkpoint, metrics and result")
+    data: str = arg("", "data set with classes (default: what the tokenizer was trained on)")
+    keep: int = arg(0, "tokens K; 0: all L, nothing merges", low=0)
+    layer_decay: float = arg(0.8, "learning rate of each layer, as a share of the next layer's", low=0.0, high=1.0)
+    weight_decay: float = arg(0.05, "AdamW weight decay", low=0.0)
+    beta2: float = arg(0.99, "AdamW beta 2", low=0.0, high=1.0)
+    mixup: float = arg(0.2, "mixup's Beta parameter (1710.09412); 0: off", low=0.0)
+    cutmix: float = arg(0.2, "CutMix's Beta parameter (1905.04899); 0: off. With both on, each batch takes one of them", low=0.0)
+    smoothing: float = arg(0.1, "label smoothing", low=0.0, high=1.0)
+    drop_path: float = arg(0.0, "stochastic depth (1603.09382): chance to skip a branch of the last block", low=0.0, high=0.99)
+    erasing: float = arg(0.1, "chance that a rectangle of an image is erased (1708.04896)", low=0.0, high=1.0)
+    clip: float = arg(5.0, "gradient norm is clipped to this", low=0.0)
+    ema: float = arg(0.99, "decay of the weight average that is evaluated and saved", low=0.0, high=1.0)
+    batch_size: int = arg(64, "images an optimizer step, over all ranks and micro-batches", low=1)
+    max_steps: int = arg(600, "optimizer steps; 0: as many as --epochs makes", low=0)
+    epochs: int = arg(100, "passes over the data, when --max-steps is 0", low=1)
+    lr: float = arg(1e-3, "peak learning rate, of the last layer", low=0.0)
+    lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
+                           choices=("step", "cosine", "constant"))
+    warmup: int = arg(50, "linear warm-up steps", low=0)
+    eval_num: int = arg(50_000, "validation images an evaluation looks at", low=1)
+
+
+RECIPES = {  # ImageNet, batch 1,024 for 100 epochs; the paper gives these two numbers, the others are MAE's for ViT-B
+    "tiny": {},
+    "paper": dict(recipe="paper", layer_decay=0.65, beta2=0.999, mixup=0.8, cutmix=1.0, drop_path=0.1, erasing=0.25, ema=0.9999,
+                  batch_size=1024, max_steps=0, epochs=100, lr=2e-3, warmup=6250, eval_every=5000, save_every=5000),
+}
+
+
+def drop_path(rate, module, inputs, output):
+    """Forward hook: while training, leave a residual branch out for each image with this chance, and scale it up otherwise."""
+    if not module.training:
+        return output
+    branch, *rest = output if isinstance(output, tuple) else (output,)
+    stays = torch.rand(len(branch), 1, 1, device=branch.device) >= rate
+    branch = branch * stays / (1 - rate)
+    return (branch, *rest) if rest else branch
+
+
+class FineTuned(nn.Module):
+    """A tokenizer's encoder with a linear layer on the mean of its tokens: images -> (mean (B,D), logits (B,C))."""
+    def __init__(self, encoder, keep, num_classes, rate):
+        super().__init__()
+        self.keep, self.encoder = keep, encoder.requires_grad_(True)
+        self.encoder.to_bits = nn.Identity()  # classification needs no codes
+        self.head = nn.Linear(encoder.norm.weight.shape[0], num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.01)
+        nn.init.zeros_(self.head.bias)
+        for i, block in enumerate(encoder.blocks):  # the chance rises linearly from 0 at the first block
+            for branch in (block.attn, block.mlp) if rate else ():
+                branch.register_forward_hook(functools.partial(drop_path, rate * i / max(1, len(encoder.blocks) - 1)))
+
+    def forward(self, images):
+        mean = self.encoder(images, self.keep)[3].mean(1)
+        return mean, self.head(mean)
+
+
+def layer_groups(model, config):
+    """Optimizer groups with a "scale" of the learning rate: layer_decay^(layers above). Stem: 0, block i: i + 1, head: last."""
+    last, groups = len(model.encoder.blocks) + 1, {}
+    for name, p in model.named_parameters():
+        part = name.removeprefix("encoder.").split(".")
+        layer = int(part[1]) + 1 if part[0] == "blocks" else last if part[0] in ("norm", "head") else 0
+        decay = config.weight_decay if p.dim() >= 2 and part[0] not in ("cls", "position") else 0.0
+        group = groups.setdefault((layer, decay), dict(params=[], weight_decay=decay, scale=config.layer_decay ** (last - layer)))
+        group["params"].append(p)
+    return list(groups.values())
+
+
+def mix(images, targets, config, rng):
+    """Mixup or CutMix of each image with one other of the batch: images (B,3,H,W), targets (B,C) distributions -> the same."""
+    kinds = [kind for kind in ("mixup", "cutmix") if getattr(config, kind) > 0]
+    if not kinds:
+        return images, targets
+    chosen = kinds[rng.integers(len(kinds))]
+    own, (H, W) = float(rng.beta(getattr(config, chosen), getattr(config, chosen))), images.shape[2:]  # share that stays
+    if chosen == "mixup":
+        images = own * images + (1 - own) * images.flip(0)
+    else:
+        y0, y1, x0, x1 = rectangle(H, W, math.sqrt(1 - own) * H, math.sqrt(1 - own) * W, rng)
+        other, images = images.flip(0), images.clone()
+        images[:, :, y0:y1, x0:x1] = other[:, :, y0:y1, x0:x1]
+        own = 1 - (y1 - y0) * (x1 - x0) / (H * W)  # the border may have cut the box
+    return images, own * targets + (1 - own) * targets.flip(0)
+
+
+def erase(images, chance, rng):
+    """Random erasing: in some images a rectangle of 2 to 33 % of the area becomes noise. (B,3,H,W) -> the same."""
+    images, (H, W) = images.clone(), images.shape[2:]
+    for image in images:
+        if rng.random() < chance:
+            area, ratio = rng.uniform(0.02, 0.33) * H * W, math.exp(rng.uniform(-1, 1) * math.log(3.3))
+            y0, y1, x0, x1 = rectangle(H, W, math.sqrt(area * ratio), math.sqrt(area / ratio), rng)
+            image[:, y0:y1, x0:x1] = torch.from_numpy(rng.standard_normal((3, y1 - y0, x1 - x0), np.float32))
+    return images
+
+
+def rectangle(H, W, height, width, rng):
+    """A box of this size around a random pixel, cut off at the image's border -> y0, y1, x0, x1."""
+    y, x = rng.integers(H), rng.integers(W)
+    low = lambda centre, side: max(0, round(centre - side / 2))
+    return low(y, height), min(H, round(y + height / 2)), low(x, width), min(W, round(x + width / 2))
+
+
+def finetune(argv):
+    config = parse_config(FinetuneConfig, "Fine-tune the encoder of a tokenizer as a classifier.", RECIPES, "recipe", argv)
+    tokenizer = load_tokenizer(config.ckpt)
+    t, tokenizer_hash = tokenizer.config, weights_hash(tokenizer.state_dict())
+    config.data, config.keep = config.data or t.data, config.keep or t.length
+    merge_schedule(t.length, config.keep, t.depth)  # raises UserError on a K that cannot be reached
+    train_set = build_dataset(config.data, "train", t.size, train=True, seed=config.seed)
+    val_set = build_dataset(config.data, "val", t.size, train=False)
+    if train_set.num_classes < 2:
+        raise UserError(f"--data {config.data} has no classes to tell apart: pass images in class folders")
+    config.max_steps = config.max_steps or max(1, config.epochs * len(train_set) // config.batch_size)
+    config.workers = loader_workers(config)
+    run = start_run(config)
+    check_batch(config, run)
+    resume_from = prepare_out(config, run)
+    raw_model = FineTuned(tokenizer.encoder, config.keep, train_set.num_classes, config.drop_path).to(run.device)
+    ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(layer_groups(raw_model, config), betas=(0.9, config.beta2))
+    step, skipped = 0, 0
+    if resume_from:
+        state = load_checkpoint(resume_from, "finetuned", run.device)
+        for module, name in ((raw_model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+            module.load_state_dict(state[name])
+        step, skipped = state["step"], state["skipped"]
+    if config.compile:
+        raw_model.encoder.stem.compile()
+    model = raw_model
+    if run.world > 1:
+        model = nn.parallel.DistributedDataParallel(raw_model, [run.device.index] if run.device.type == "cuda" else None)
+    stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world, config.workers)
+    off = config.smoothing / train_set.num_classes
+    metrics_path, val_accuracy = os.path.join(config.out, "metrics.jsonl"), math.nan
+    bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
+    while True:
+        last = step == config.max_steps
+        if step % config.eval_every == 0 and step > 0 or last:
+            val_accuracy = accuracy(ema, val_batches(val_set, config.eval_num, config, "val", run), run)
+            if run.main:
+                append_metrics(metrics_path, step=step, val_accuracy=val_accuracy)
+        if run.main and (step % config.save_every == 0 and step > 0 or last):
+            save_checkpoint(os.path.join(config.out, "ckpt.pt"), "finetuned", config=dataclasses.asdict(config),
+                            class_names=list(train_set.class_names), model=raw_model.state_dict(), ema=ema.state_dict(),
+                            optimizer=optimizer.state_dict(), step=step, skipped=skipped)
+        if last:
+            break
+        lr = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        torch.manual_seed(seeded(config.seed, step, 3, run.rank).initial_seed())  # of drop path: a resumed run draws the same
+        rng, total = np.random.default_rng([config.seed, 3, step, run.rank]), 0.0
+        raw_model.train()
+        for m in range(config.accum):
+            images, labels = next(stream)
+            targets = F.one_hot(labels, train_set.num_classes) * (1 - config.smoothing) + off                # (b,C)
+            images, targets = mix(erase(images, config.erasing, rng), targets, config, rng)
+            with contextlib.nullcontext() if m == config.accum - 1 or run.world == 1 else model.no_sync():
+                with run.autocast():
+                    _, logits = model(images.to(run.device))
+                loss = F.cross_entropy(logits.float(), targets.to(run.device))
+                (loss / config.accum).backward()
+            total += loss.detach() / config.accum
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
+        if norm.isfinite():
+            optimizer.step()
+            update_ema(ema, raw_model, config.ema, step)
+        else:  # a bad step changes nothing
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update(1)
+        if step % config.log_every == 0 or step == config.max_steps:
+            for name in train_set.check_skipped():
+                bar.write(f"unreadable image skipped: {name}")
+            total = mean_over_ranks(total)
+            if run.main:
+                append_metrics(metrics_path, step=step, loss=total, grad_norm=norm, lr=lr, skipped=skipped)
+                bar.set_postfix(loss=f"{total.item():.3f}", skipped=skipped)
+    bar.close()
+    if not run.main:
+        return
+    plot_curves(metrics_path, os.path.join(config.out, "curves.png"), ("loss", "val_accuracy", "lr"))
+    config.num = min(config.eval_num, len(val_set))
+    write_results(os.path.join(config.out, "finetune.json"), "eval.py", ["finetune", *argv], config, run, size=t.size,
+                  keep=config.keep, tokenizer=tokenizer_hash, weights="ema", steps=step, skipped=skipped, val_top1=val_accuracy)
+    print(f"{val_accuracy:.2%} of {config.num} val images right (EMA weights, K = {config.keep}); wrote {config.out}/ckpt.pt")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sweep: reconstruction against representation as K changes (paper Table 4, Figure 3)
+
+@torch.no_grad()
+def multiply_adds(encoder, size, keep):
+    """Multiply-adds of the matrix products and convolutions that encode one image: what the paper's tables call FLOPs."""
+    images = torch.randn(1, 3, size, size, generator=seeded(0)).to(next(encoder.parameters()).device)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # math: attention as two counted products
+        encoder(images, keep)
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def sweep(args, argv):
+    model, dataset, run = open_tokenizer(args)
+    config = model.config
+    features = open_features(args, config.size, run, required=False)
+    keeps = args.keep or sorted({*config.keeps, config.keep, config.length})
+    train_set, chosen = open_probe(args, model, run)
+    rows, record = reconstruct(model, dataset, keeps, features, None, args, run)
+    for row in rows:  # one K after the other: ImageNet's features at all of them would not fit in memory
+        represent = lambda images: {"tokens": pooled(model, images, row["keep"], run)[0]}
+        train, train_labels = cached(represent, train_set, chosen, args, run, f"K = {row['keep']}: training images")
+        val, val_labels = cached(represent, dataset, args.num, args, run, f"K = {row['keep']}: val images")
+        if run.main:
+            pairs = (train["tokens"], train_labels), (val["tokens"], val_labels)
+            row["probe_top1"] = linear_probe(*pairs, train_set.num_classes, args, run.device)[1]
+            row["encoder_gmacs"] = multiply_adds(model.encoder, config.size, row["keep"]) / 1e9
+    if not run.main:
+        return
+    fd = [features.r_name(args.num)] if features else []
+    print(f"{args.ckpt} on {args.num} val images of {args.data}; probe trained on {len(train_labels)} images")
+    print(f"{'K':>5} {'PSNR':>7} {'probe top-1':>12} {'multiply-adds':>15}" + "".join(f" {name:>10}" for name in fd))
+    for row in rows:
+        print(f"{row['keep']:5} {float(row['psnr']):7.2f} {row['probe_top1']:12.2%} {row['encoder_gmacs']:14.4g}G"
+              + "".join(f" {row[name]:10.4f}" for name in fd))
+    picture = os.path.join(args.out, "sweep.png")
+    plot_rows(rows, picture, [*fd, "psnr", "probe_top1", "encoder_gmacs"], x="keep")
+    write_results(os.path.join(args.out, "sweep.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
+                  tokenizer=weights_hash(model.state_dict()), **record, train_num=len(train_labels), epochs=args.epochs,
+                  lr=args.lr, results=rows)
+    print(f"wrote {args.out}/sweep.json and {picture}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ablate-source: what it costs to predict the merge map (paper Table 5)
+
+@torch.no_grad()
+def ablate_source(args, argv):
+    model, dataset, run = open_tokenizer(args)
+    config = model.config
+    keeps = args.keep or [config.keep]
+    guesses = {"true": lambda e: e.source, "predicted": lambda e: model.recover(e.codes)}
+    tuned = load_recovery(args.recovery, model)
+    if tuned is not model.recovery:
+        guesses["fine-tuned"] = lambda e: tuned(codes_to_bits(e.codes, config.bits)).argmax(-1)
+    features = open_features(args, config.size, run, required=False)
+    cases = [(keep, name) for keep in keeps for name in guesses]
+    values, real, moments = {case: [] for case in cases}, Moments(), {case: Moments() for case in cases}
+    for images, _ in val_batches(dataset, args.num, args, "ablate source", run):
+        if features:
+            real.add(features(images)[0])
+        for keep in keeps:
+            with run.autocast():
+                encoded = model.encode(images.to(run.device), keep)
+            for name, guess in guesses.items():
+                with run.autocast():
+                    source = guess(encoded)
+                    decoded = model.decode(encoded.codes, source).cpu()
+                hits = (source == encoded.source).cpu().double().mean(1)
+                values[keep, name].append(torch.stack([hits, psnr(decoded, images)], 1))               # (b,2)
+                if features:
+                    moments[keep, name].add(features(eight_bit(decoded))[0])
+
+    results, reference = [], real.statistics(run) if features else None
+    for keep, name in cases:
+        table = check_finite(f"PSNR at K = {keep}", gather(torch.cat(values[keep, name]), run))
+        row = dict(keep=keep, source=name, accuracy=table[:, 0].mean().item(), psnr=table[:, 1].mean().item())
+        if features:
+            row[features.r_name(args.num)] = frechet_distance(*reference, *moments[keep, name].statistics(run))
+        results.append(row)
+    if not run.main:
+        return
+    fd = [features.r_name(args.num)] if features else []
+    print(f"{args.ckpt} on {args.num} val images of {args.data}, L = {config.length}")
+    print(f"{'K':>5}  {'source':<11} {'accuracy':>8} {'PSNR':>7}" + "".join(f" {name:>10}" for name in fd))
+    for row in results:
+        print(f"{row['keep']:5}  {row['source']:<11} {row['accuracy']:8.2%} {row['psnr']:7.2f}"
+              + "".join(f" {row[name]:10.4f}" for name in fd))
+    write_results(os.path.join(args.out, "ablate_source.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
+                  tokenizer=weights_hash(model.state_dict()), recovery=args.recovery, **against_originals(features, reference),
+                  results=results)
+    print(f"wrote {args.out}/ablate_source.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# speed: every figure beside the one it replaces, measured in turns in one run, as times alone say little about another machine
+
+def fastest(functions, repeats, device):
+    """{name: function} -> {name: seconds of the fastest of `repeats` calls}, after one to warm up; they take turns."""
+    seconds = dict.fromkeys(functions, math.inf)
+    for turn in tqdm(range(repeats + 1), ", ".join(functions), dynamic_ncols=True, leave=False):
+        for name, function in functions.items():
+            began = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn:
+                seconds[name] = min(seconds[name], time.perf_counter() - began)
+    return seconds
+
+
+def smooth_tokens(batch, length, width, generator):
+    """Tokens as similar to their neighbours as those of images are: smooth noise. (B,L,C)"""
+    side = math.isqrt(length)
+    field = F.interpolate(torch.randn(batch, width, 8, 8, generator=generator), size=side, mode="bicubic")
+    return field.flatten(2).transpose(1, 2).contiguous()
+
+
+def merge_by_index(x, schedule):
+    """The tokenizer's merging of x (B,L,C) -> source (B,L)."""
+    source, size = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]), torch.ones(x.shape[:2], device=x.device)
+    for r in schedule:
+        index = match_tokens(x, r, protected=0)
+        x, size = merge_tokens(x, size, index)
+        source = index.gather(1, source)
+    return canonical_source(source)
+
+
+def merge_by_matrix(x, schedule):
+    """The same with matrices, as the paper writes it: S (B,L,K) is a product of one-hot matrices, a merge is S^T x."""
+    S, size = torch.eye(x.shape[1], device=x.device).expand(len(x), -1, -1), torch.ones(*x.shape[:2], 1, device=x.device)
+    for r in schedule:
+        step = F.one_hot(match_tokens(x, r, protected=0)).to(x.dtype)                      # (B,N,N-r)
+        total, S = step.transpose(1, 2) @ (x * size), S @ step
+        size = step.transpose(1, 2) @ size
+        x = total / size
+    return canonical_source(S.argmax(-1))
+
+
+def entropy_of_all_codes(z, tau=1.0):
+    """lfq_entropy as it is defined, with the (N, 2^d) matrix of probabilities."""
+    d = z.shape[-1]
+    codebook = codes_to_bits(torch.arange(2 ** d, device=z.device), d)                     # (2^d,d)
+    p = (2 * z.reshape(-1, d) @ codebook.T / tau).softmax(-1)                              # (N,2^d)
+    return torch.special.entr(p).sum(-1).mean(), torch.special.entr(p.mean(0)).sum()
+
+
+@torch.no_grad()
+def decode_recorded(gpt, codes, source, order, keep):
+    """One guided pass of generation, continued with the recorded codes (B,K): so each cache is what a trained model has."""
+    B, c = len(codes), gpt.config
+    full = codes.gather(1, order) if c.mode == "randar" else codes.gather(1, source)       # (B,N) as they are drawn
+    noise, known = torch.rand(B, c.length, len(c.sub_bits), dtype=torch.float64, device=codes.device), 0
+
+    def pick(h, noise, share):
+        nonlocal known
+        pick_codes(gpt, h, noise, 2, 2.0)
+        known += h.shape[1]
+        return full[:, known - h.shape[1]:known]
+
+    labels = torch.zeros(2 * B, dtype=torch.long, device=codes.device)
+    cache = gpt.new_cache(2 * B, keep)
+    h = gpt.prefill(labels, torch.full_like(labels, keep), cache)
+    if c.mode == "randar":
+        decode_parallel(gpt, cache, noise, order, arccos_steps(keep), 2, pick)
+    else:
+        decode_in_turn(gpt, cache, h, noise, 2, pick)
+    return cache
+
+
+def speed(args, argv):
+    """Table and JSON of decoding, stage-1 training, entropy and merging, each against its plain form."""
+    device, dtype = pick_device(args.device, args.dtype)
+    if math.isqrt(args.length) ** 2 != args.length or args.keep > args.length:
+        raise UserError(f"--length {args.length} must be a square, and --keep {args.keep} at most that")
+    g, table = seeded(args.seed), []
+    add = lambda what, unit, values, against: table.extend(
+        dict(what=what, name=name, value=value, unit=unit, ratio=value / values[against]) for name, value in values.items())
+
+    schedule = merge_schedule(args.length, args.keep, 12)
+    x = smooth_tokens(args.batch_size, args.length, 64, g).to(device)
+    by_index, by_matrix = merge_by_index(x, schedule), merge_by_matrix(x, schedule)
+    assert (by_index == by_matrix).float().mean() > 0.99, "the two ways to merge disagree by more than rounding"
+    forms = dict(index=lambda: merge_by_index(x, schedule), matrix=lambda: merge_by_matrix(x, schedule))
+    add("merging", "images/s", {n: args.batch_size / s for n, s in fastest(forms, args.repeats, device).items()}, "matrix")
+
+    z = torch.randn(1024, 12, generator=g).to(device).requires_grad_()
+    forms = {"factorised": lambda: sum(lfq_entropy(z)).backward(), "materialised": lambda: sum(entropy_of_all_codes(z)).backward()}
+    add("LFQ entropy, 1,024 tokens of 12 bits", "tokens/s",
+        {n: len(z) / s for n, s in fastest(forms, args.repeats, device).items()}, "materialised")
+
+    torch.manual_seed(args.seed)
+    t = TokenizerConfig()
+    model, images = MergeVQ(t).to(device).train(), torch.rand(t.batch_size, 3, t.size, t.size, generator=g).to(device) * 2 - 1
+
+    def train_step(keep):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            out = model(images, keep)
+        (F.mse_loss(out.images, images) + sum(lfq_entropy(out.encoded.z)) + out.recovery.mean() + out.align.mean()).backward()
+
+    forms = {f"K = {keep}": lambda keep=keep: train_step(keep) for keep in (t.keep, t.length)}
+    add("stage 1 forward and backward, tiny", "images/s",
+        {n: len(images) / s for n, s in fastest(forms, 5 * args.repeats, device).items()}, f"K = {t.length}")
+
+    source = by_index
+    codes = torch.stack([torch.randperm(2 ** args.bits, generator=g)[:args.keep] for _ in range(args.batch_size)]).to(device)
+    order = torch.rand(args.batch_size, args.keep, generator=g).argsort(1).to(device)
+    gpts = {mode: GPT(GPTConfig(mode=mode, width=args.width, depth=args.depth, heads=args.heads, head_depth=2, window=args.window,
+                                bits=args.bits, length=args.length, keep=args.keep, keeps=(args.keep,))).to(device, dtype).eval()
+            for mode in MODES}
+    decode = {mode: lambda gpt=gpt: decode_recorded(gpt, codes, source, order, args.keep) for mode, gpt in gpts.items()}
+    seconds = fastest(decode, args.repeats, device)
+    add("decoding, guided", "images/s", {mode: args.batch_size / s for mode, s in seconds.items()}, "raster")
+    drawn = {mode: args.batch_size * (args.keep if mode == "randar" else args.length) for mode in MODES}
+    add("decoding, guided", "codes/s", {mode: drawn[mode] / s for mode, s in seconds.items()}, "raster")
+    add("KV cache", "bytes", {mode: gpt.new_cache(2 * args.batch_size, args.keep).nbytes() for mode, gpt in gpts.items()}, "raster")
+
+    record = dict(command=shlex.join(["python", "eval.py", *argv]), device=str(device), dtype=str(dtype), torch=torch.__version__,
+                  threads=torch.get_num_threads(), steps=len(arccos_steps(args.keep)), **{
+                      name: getattr(args, name) for name in ("length", "keep", "window", "width", "depth", "batch_size", "bits")})
+    if args.json:
+        print(json.dumps(dict(record, results=table)))
+        return
+    print(f"L = {args.length}, K = {args.keep}, window {args.window}, width {args.width} x {args.depth} blocks, batch {args.batch_size}, "
+          f"{dtype} on {device}, {record['threads']} threads; randar draws {args.keep} codes in {record['steps']} steps")
+    for row in table:
+        print(f"{row['what']:<38} {row['name']:<13} {row['value']:>14,.1f} {row['unit']:<9} x {row['ratio']:.2f}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="recon | maps | train-classifier | gen")
+    names = "recon maps train-classifier stats gen probe finetune sweep ablate-source speed"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names.replace(" ", " | "))
 
     def command(name, function, help, ckpt, out, num):
         p = commands.add_parser(name, description=help)
@@ -498,9 +1345,17 @@ def main(argv=None):
         common_flags(p, ckpt, out, num)
         return p
 
-    tokenizer = "out/tokenizer/ckpt.pt"
+    def feature_flags(p, choices):
+        p.add_argument("--features", default="classifier", choices=choices, help="what is compared (default classifier)")
+        p.add_argument("--classifier", default=CLASSIFIER, help=f"checkpoint of train-classifier (default {CLASSIFIER})")
+        p.add_argument("--inception-weights", default="", help="pytorch-fid's weight file, or download, for --features inception")
+
+    tokenizer, some = "out/tokenizer/ckpt.pt", ("classifier", "inception")
     p = command("recon", recon, "Reconstruction quality and code usage on val.", tokenizer, "out/recon", 0)
     p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: the checkpoint's target, and L)")
+    p.add_argument("--lpips-weights", default="", help="LPIPS' v0.1 vgg.pth, or download: also report LPIPS")
+    p.add_argument("--vgg-weights", default="", help="torchvision's VGG16 file, or download, which LPIPS needs")
+    feature_flags(p, (*some, "none"))
     p = command("maps", maps, "Picture of which patches merge.", tokenizer, "out/maps", 8)
     p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: the checkpoint's smallest and target, and L)")
 
@@ -518,18 +1373,65 @@ def main(argv=None):
     p.add_argument("--workers", type=number(int, -1), default=-1, help="loader processes, -1: none for shapes, else up to 8")
     p.add_argument("--overwrite", action="store_true", help="replace the classifier in --out")
 
-    p = command("gen", gen, "Share of samples that the classifier assigns to the asked class.", "out/mergear/ckpt.pt",
-                "out/gen", 500)
+    def probe_flags(p):
+        p.add_argument("--train-num", type=number(int, 0), default=0, help="training images of the probe, 0: all (default 0)")
+        p.add_argument("--epochs", type=number(int, 1), default=90, help="passes over them (default 90)")
+        p.add_argument("--lr", type=number(float, 0), default=1e-3, help="initial learning rate (default 0.001)")
+
+    p = command("probe", probe, "Linear probe on frozen tokens, beside a random encoder and pixels.", tokenizer, "out/probe", 0)
+    p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: all L tokens, nothing merges)")
+    probe_flags(p)
+    p = command("sweep", sweep, "Reconstruction, linear probe and cost of the encoder against K.", tokenizer, "out/sweep", 0)
+    p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: those of training, and L)")
+    probe_flags(p)
+    feature_flags(p, (*some, "none"))
+    p = command("ablate-source", ablate_source, "Reconstruction from true and from predicted source.", tokenizer, "out/ablate", 0)
+    p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: the checkpoint's target)")
+    p.add_argument("--recovery", default="auto", help="checkpoint of recovery.py: a third row; auto: out/recovery/ckpt.pt if it "
+                   "fits; none")
+    feature_flags(p, (*some, "none"))
+
+    p = commands.add_parser("stats", description="Feature statistics of all training images, for gen --reference.")
+    p.set_defaults(function=stats, ckpt=None, seed=0, dtype="float32")
+    p.add_argument("--data", default="shapes", help="data set (default shapes)")
+    p.add_argument("--size", type=number(int, 0), default=0, help="image side in pixels (default: the classifier's)")
+    p.add_argument("--out", default="out/stats", help="folder for stats.npz (default out/stats)")
+    p.add_argument("--device", default="auto", help="auto (cuda > mps > cpu) or a torch device")
+    p.add_argument("--batch-size", type=number(int, 1), default=64, help="images at a time (default 64); no result depends on it")
+    p.add_argument("--workers", type=number(int, -1), default=-1, help="loader processes, -1: none for shapes, else up to 8")
+    feature_flags(p, some)
+
+    p = command("gen", gen, "Compare samples with training images, and with the classes that were asked for.",
+                "out/mergear/ckpt.pt", "out/gen", 500)
     p.set_defaults(seed=0)
-    p.add_argument("--classifier", default="out/classifier/ckpt.pt", help="checkpoint of train-classifier")
+    feature_flags(p, some)
+    p.add_argument("--reference", default="", help="npz with mu and sigma (stats writes one; ADM's fits --features inception); "
+                   "default: all training images of --data")
     p.add_argument("--samples", default="", help="judge this npz (arr_0 uint8 NHWC, arr_1 labels) and not --ckpt")
     p.add_argument("--cfg", type=numbers(float, 0), default=[1.0, 1.5, 2.0, 3.0], help="guidance scales (default 1,1.5,2,3)")
     p.add_argument("--temperature", type=number(float, 0), default=1.0, help="of the sampler (default 1)")
     p.add_argument("--top-k", type=number(int, 0), default=0, help="sample among the k likeliest sub-tokens, 0: all (default 0)")
     p.add_argument("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample among this share of probability (default 1)")
-    p.add_argument("--keep", type=number(int, 1), help="merge count told to a mergear model (default: its own)")
-    args = parser.parse_args(argv)
-    args.function(args, argv)
+    p.add_argument("--keep", type=number(int, 1), help="merge count told to a mergear or randar model (default: its own)")
+    p.add_argument("--recovery", default="auto", help="randar: checkpoint of recovery.py; auto: out/recovery/ckpt.pt if it fits; none")
+    p = commands.add_parser("speed", description="Decoding, training, entropy and merging, as ratios within one run.")
+    p.set_defaults(function=speed)
+    for name, default, help in (("length", 256, "codes of an image L, a square"), ("keep", 64, "merge count K"), ("window", 16, "of mergear"),
+                                ("bits", 18, "code bits d"), ("width", 256, "of the generators"), ("depth", 4, "blocks"), ("heads", 8, "heads"),
+                                ("batch-size", 8, "images at a time"), ("repeats", 2, "measurements, of which the fastest counts")):
+        p.add_argument(f"--{name}", type=number(int, 1), default=default, help=f"{help} (default {default})")
+    p.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    p.add_argument("--seed", type=number(int, 0), default=0, help="of weights, codes and order (default 0)")
+    p.add_argument("--device", default="auto", help="auto (cuda > mps > cpu) or a torch device")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on CUDA, else float32")
+    commands.add_parser("finetune", add_help=False)
+    if argv[:1] == ["finetune"]:  # a training command: its flags come from its config, as in the training scripts
+        finetune(argv[1:])
+    else:
+        args = parser.parse_args(argv)
+        args.function(args, argv)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

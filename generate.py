@@ -144,7 +144,7 @@ def main(argv=None):
     classes, keep = choose_classes(args.classes, config), check_keep(args.keep, config)
     steps, scales = check_steps(args.steps, keep, config), read_sweep(args.cfg_sweep) if args.cfg_sweep else []
     if config.mode == "randar":
-        load_recovery(args.recovery, tokenizer)
+        tokenizer.recovery = load_recovery(args.recovery, tokenizer)
     run = start_run(args)
     gpt, tokenizer = gpt.to(run.device, run.dtype), tokenizer.to(run.device)
     labels = torch.tensor(classes).repeat(math.ceil(args.num / len(classes)))[:args.num]    # (N,)

@@ -116,7 +116,7 @@ PAPER = dict(dropout=0.1, token_dropout=0.1, label_smoothing=0.1, window=16, bat
              head_depth=2, eval_every=5000, save_every=5000)
 
 MODELS = {  # parameters with d = 18 (sub-tokens of 6 + 12 bits), 1,000 classes, L = 1024
-    "tiny": {},                                                               # 0.54M with d = 9, 10 classes, L = 64
+    "tiny": {},                                                               # 0.49M with d = 8, 10 classes, L = 64
     "b": dict(PAPER, model="b", width=768, depth=12, heads=12),               # 106M
     "l": dict(PAPER, model="l", width=1024, depth=24, heads=16),              # 343M
     "xl": dict(PAPER, model="xl", width=1280, depth=36, heads=20),            # 784M

@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 from data import UserError, build_dataset, image_grid, run_main
 from mergear import code_batches, draw, draw_orders, join_codes, load_generator, open_codes
-from tokenizer import (Run, RunConfig, adamw, append_metrics, arg, check_batch, codes_to_bits, learning_rate, load_checkpoint,
-                       load_tokenizer, loader_workers, mean_over_ranks, merge_schedule, parse_config, pick_device, plot_curves,
-                       prepare_out, psnr, save_checkpoint, seeded, start_run, weights_hash)
+from tokenizer import (RunConfig, adamw, append_metrics, arg, check_batch, codes_to_bits, learning_rate, load_checkpoint,
+                       load_tokenizer, loader_workers, mean_over_ranks, merge_schedule, parse_config, plot_curves, prepare_out,
+                       psnr, save_checkpoint, seeded, start_run, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,16 +83,16 @@ def common_flags(parser, ckpt, out, num):
 
 def open_tokenizer(args):
     """Flags -> (MergeVQ with EMA weights, val data set, Run). Fills in the flags whose default the checkpoint knows."""
-    device, dtype = pick_device(args.device, args.dtype)
-    model = load_tokenizer(args.ckpt, device)
+    model = load_tokenizer(args.ckpt)
     args.data = args.data or model.config.data
     args.seed = model.config.seed if args.seed is None else args.seed
     dataset = build_dataset(args.data, "val", model.config.size, train=False)
     args.num = min(args.num, len(dataset)) or len(dataset)
     for keep in args.keep or ():
         merge_schedule(model.config.length, keep, model.config.depth)  # raises UserError on a K that cannot be reached
+    run = start_run(args)
     make_folder(args.out)
-    return model, dataset, Run(0, 1, device, dtype)
+    return model.to(run.device), dataset, run
 
 
 def make_folder(path):
@@ -102,11 +102,29 @@ def make_folder(path):
         raise UserError(f"--out {path} cannot be made ({e.strerror}); pass another folder")
 
 
-def val_batches(dataset, num, args, title):
-    """The first `num` images in order, with a progress bar: yields (images, labels)."""
-    subset = Subset(dataset, range(min(num, len(dataset))))
-    loader = DataLoader(subset, batch_size=args.batch_size, num_workers=loader_workers(args))
-    yield from tqdm(loader, title, dynamic_ncols=True, leave=False)
+def share(num, run):
+    """The block of 0 ... num - 1 that is this rank's, as a range: the blocks of all ranks, one after the other, are the whole."""
+    if num < run.world:
+        raise UserError(f"{num} images are fewer than {run.world} processes: pass a larger --num, or start fewer")
+    return range(num * run.rank // run.world, num * (run.rank + 1) // run.world)
+
+
+def gather(rows, run):
+    """Rows (n,...) of this rank's share, a CPU tensor -> (N,...) rows of all ranks in the order of the images."""
+    if run.world == 1:
+        return rows
+    parts = [None] * run.world
+    dist.all_gather_object(parts, rows)
+    return torch.cat(parts)
+
+
+def val_batches(dataset, num, args, title, run=None):
+    """The first `num` images, or those of a list, in order; with `run` this rank's share. Yields (images, labels)."""
+    rows = range(min(num, len(dataset))) if isinstance(num, int) else num
+    if run is not None:
+        rows = [rows[i] for i in share(len(rows), run)]
+    loader = DataLoader(Subset(dataset, rows), batch_size=args.batch_size, num_workers=loader_workers(args))
+    yield from tqdm(loader, title, dynamic_ncols=True, leave=False, disable=run is not None and not run.main)
     for name in dataset.check_skipped():
         print(f"unreadable, the next image was measured in its place: {name}", file=sys.stderr)
 
@@ -265,19 +283,21 @@ def teacher_forced(gpt, codes, labels, keep, order, generator):
 
 
 def load_recovery(path, tokenizer):
-    """Put the fine-tuned recovery of a checkpoint of this script into the tokenizer. path "none": leave it; "auto":
-    out/recovery/ckpt.pt, if it is there and was made for this tokenizer. Raises UserError when a named one does not fit."""
+    """The SourceRecovery of a checkpoint of this script, frozen. path "auto": out/recovery/ckpt.pt, if it is there and was made
+    for this tokenizer, else, as for "none", the tokenizer's own. Raises UserError when a named one does not fit."""
     found = "out/recovery/ckpt.pt" if path == "auto" else path
     if path == "none" or path == "auto" and not os.path.exists(found):
-        return
-    state = load_checkpoint(found, "recovery")
+        return tokenizer.recovery
+    recovery = copy.deepcopy(tokenizer.recovery)
+    state = load_checkpoint(found, "recovery", next(recovery.parameters()).device)
     if state["tokenizer"] != weights_hash(tokenizer.state_dict()):
         if path == "auto":
             print(f"{found} was made for another tokenizer: not used")
-            return
+            return tokenizer.recovery
         raise UserError(f"--recovery {path} was made for another tokenizer: pass the generator's, or none")
-    tokenizer.recovery.load_state_dict(state["model"])
+    recovery.load_state_dict(state["model"])
     print(f"source recovery from {found}")
+    return recovery.eval().requires_grad_(False)
 
 
 def main(argv=None):

@@ -300,12 +300,16 @@ def append_metrics(path, **values):
 def plot_curves(metrics_path, png_path, panels):
     """Draw the metrics file as small line charts. panels: list of metric names, one chart each; x is the step."""
     with open(metrics_path) as f:
-        rows = [json.loads(line) for line in f]
+        plot_rows([json.loads(line) for line in f], png_path, panels)
+
+
+def plot_rows(rows, png_path, panels, x="step"):
+    """Draw a list of dicts as small line charts over its key `x`: one chart for each key in `panels`."""
     w, h, columns = 300, 170, 3
     sheet = Image.new("RGB", (w * columns, h * math.ceil(len(panels) / columns)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, name in enumerate(panels):
-        points = [(r["step"], r[name]) for r in rows if name in r and math.isfinite(r[name])]
+        points = [(r[x], r[name]) for r in rows if name in r and math.isfinite(r[name])]
         x0, y0 = 48 + w * (n % columns), 22 + h * (n // columns)
         x1, y1 = x0 + w - 62, y0 + h - 42
         draw.text((x0, y0 - 16), name, fill="black")
@@ -317,9 +321,11 @@ def plot_curves(metrics_path, png_path, panels):
         to_pixel = lambda s, v: (x0 + (x1 - x0) * (s - first) / max(1, last - first),
                                  y1 - (y1 - y0) * (v - low) / max(1e-12, high - low))
         draw.line([to_pixel(*p) for p in points], fill=(200, 60, 40), width=1)
+        for px, py in [to_pixel(*p) for p in points] * (len(points) < 20):  # so few that each is worth a dot
+            draw.ellipse((px - 2, py - 2, px + 2, py + 2), fill=(200, 60, 40))
         draw.text((x0 - 44, y0 - 2), f"{high:.3g}", fill="gray")
         draw.text((x0 - 44, y1 - 10), f"{low:.3g}", fill="gray")
-        draw.text((x0, y1 + 3), f"step {first}", fill="gray")
+        draw.text((x0, y1 + 3), f"{x} {first}", fill="gray")
         draw.text((x1 - 40, y1 + 3), f"{last}", fill="gray")
     sheet.save(png_path)
 
@@ -362,7 +368,7 @@ class TokenizerConfig(RunConfig):
     keeps: tuple = arg((16, 25, 36, 49, 64), "values of K drawn in training", low=1)
     keep_sampling: str = arg("exponential", "how K is drawn (A.3): exponential, gaussian, or fixed at --keep",
                              choices=("exponential", "gaussian", "fixed"))
-    bits: int = arg(9, "code bits d; the vocabulary has 2^d codes", low=1, high=24)
+    bits: int = arg(8, "code bits d; the vocabulary has 2^d codes", low=1, high=24)
     bit_norm: bool = arg(True, "batch-normalise each bit before the sign, which prevents codebook collapse")
     tau: float = arg(1.0, "temperature of the entropy's soft assignment", low=1e-3)
     recovery_width: int = arg(96, "source recovery width", low=8)
@@ -383,7 +389,7 @@ class TokenizerConfig(RunConfig):
     w_disc: float = arg(0.1, "weight of the adversarial loss, times the adaptive weight", low=0.0)
     w_lecam: float = arg(0.01, "weight of LeCam regularisation of the discriminator", low=0.0)
     w_commit: float = arg(0.25, "weight of the commitment loss", low=0.0)
-    w_entropy: float = arg(0.025, "weight of the LFQ entropy loss", low=0.0)
+    w_entropy: float = arg(0.015, "weight of the LFQ entropy loss", low=0.0)
     w_recovery: float = arg(0.02, "weight of source recovery", low=0.0)
     w_align: float = arg(0.1, "weight of global alignment", low=0.0)
     disc_start: int = arg(4000, "step at which the discriminator starts; tiny: after its default run", low=0)

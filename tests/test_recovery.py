@@ -55,9 +55,10 @@ def test_only_recovery_is_trained(place):
     assert set(saved["model"]) == set(tokenizer.recovery.state_dict()) and not same(saved["model"], tokenizer.recovery.state_dict())
     assert saved["tokenizer"] == weights_hash(tokenizer.state_dict()) and saved["generator"] == weights_hash(gpt.state_dict())
     assert len(saved["optimizer"]["state"]) == len(list(tokenizer.recovery.parameters()))
-    before = {name: p for name, p in tokenizer.state_dict().items() if not name.startswith("recovery.")}
-    load_recovery(str(place / "only/ckpt.pt"), tokenizer)
-    assert same(before, tokenizer.state_dict()) and same(saved["model"], tokenizer.recovery.state_dict())
+    before = weights_hash(tokenizer.state_dict())
+    tuned = load_recovery(str(place / "only/ckpt.pt"), tokenizer)
+    assert weights_hash(tokenizer.state_dict()) == before and same(saved["model"], tuned.state_dict())
+    assert not any(p.requires_grad for p in tuned.parameters()) and load_recovery("none", tokenizer) is tokenizer.recovery
 
 
 def test_accuracy_rises(place):
