@@ -116,14 +116,14 @@ def inception_score(probs, splits=10, seed=0):
     """probs (N,C), a class distribution a sample -> (mean, std) over `splits` parts of exp(mean KL(p || mean p)).
 
     Files often lie sorted by class, and a part that holds a few classes only scores far too low. So the rows are
-    shuffled, and before that sorted by their bytes, or the result would still depend on the order they came in.
+    shuffled, and before that sorted by value, or the result would still depend on the order they came in.
     """
     p = check_finite("probs", probs).cpu()
     if p.dim() != 2 or not 1 <= splits <= len(p):
         raise UserError(f"probs has shape {tuple(p.shape)}: pass (N,C) with N at least the {splits} splits")
     if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-3:
         raise UserError("probs must be class distributions: each row at least 0 with sum 1; pass them through a softmax")
-    rows = [row.tobytes() for row in p.numpy()]
+    rows = [row.tobytes() for row in p.numpy().astype(">f8")]  # big-endian: the bytes sort as the numbers, rounding last
     p = p[sorted(range(len(rows)), key=rows.__getitem__)]
     p = p[torch.randperm(len(p), generator=seeded(seed))]
     scores = []

@@ -161,6 +161,8 @@ def test_inception_score_ignores_the_order_of_files():
     whole, _ = inception_score(probs, 1, 3)
     assert by_class[0] == pytest.approx(whole, rel=0.05)
     assert by_class != inception_score(probs, 10, 4)
+    noise = 1e-12 * torch.rand(1000, 10, generator=g)  # of another batch size
+    assert inception_score(probs + noise, 10, 3) == pytest.approx(by_class, rel=1e-6), "rounding decides who is in which part"
     one_hot = torch.eye(10)[labels]  # rows that tie
     assert inception_score(one_hot, 10, 0)[0] > 9
 
