@@ -30,7 +30,7 @@ from mergear import decode_codes, load_generator, sample_codes
 from recovery import (common_flags, enlarge, make_folder, map_scale, merge_map, number, numbers,
                       open_tokenizer, pick_images, val_batches, write_results)
 from tokenizer import (Parser, ResBlock, Run, adamw, code_statistics, load_checkpoint, loader_workers, pick_device, prepare_out, psnr,
-                       save_checkpoint, seeded, weights_hash)
+                       reading, save_checkpoint, seeded, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,8 +249,9 @@ def train_classifier(args, argv):
 def load_classifier(path, device="cpu"):
     """Checkpoint of train-classifier -> (Classifier in eval mode, dict of config, class_names, val_accuracy)."""
     state = load_checkpoint(path, "classifier")
-    model = Classifier(state["config"]["size"], state["config"]["num_classes"])
-    model.load_state_dict(state.pop("model"))
+    with reading(path):
+        model = Classifier(state["config"]["size"], state["config"]["num_classes"])
+        model.load_state_dict(state.pop("model"))
     return model.to(device).eval().requires_grad_(False), state
 
 
@@ -272,7 +273,7 @@ def read_samples(path, num):
     try:
         with np.load(path) as file:
             pixels, labels = file["arr_0"], file["arr_1"]
-    except (OSError, KeyError, ValueError) as e:
+    except Exception as e:  # a damaged zip can raise anything
         raise UserError(f"--samples {path} cannot be read ({e}): pass an npz with images in arr_0 and labels in arr_1")
     fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and labels.shape == pixels.shape[:1]
     if not fits or not len(labels):

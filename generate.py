@@ -46,12 +46,13 @@ def parse(argv=None):
     add("--dtype", "auto", "of the generator; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
     add("--batch-size", 32, "images asked for at a time")
     args = parser.parse_args(argv)
-    for name, fine, remedy in (("cfg", 0 <= args.cfg < math.inf, "at least 0"),
-                               ("temperature", 0 <= args.temperature < math.inf, "at least 0"),
-                               ("top_k", args.top_k >= 0, "at least 0"),
+    for name, fine, remedy in (("cfg", 0 <= args.cfg <= 1000, "at least 0 and at most 1000"),
+                               ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1000,
+                                "0, or from 0.001 to 1000"),
+                               ("top_k", 0 <= args.top_k <= 10**9, "from 0 to 1000000000"),
                                ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-                               ("num", args.num >= 1, "at least 1"),
-                               ("batch_size", args.batch_size >= 1, "at least 1"),
+                               ("num", 1 <= args.num <= 10**7, "from 1 to 10000000"),
+                               ("batch_size", 1 <= args.batch_size <= 10**6, "from 1 to 1000000"),
                                ("seed", 0 <= args.seed < 2**31, "from 0 to 2147483647")):
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {remedy}")

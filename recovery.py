@@ -34,13 +34,12 @@ from tokenizer import Parser, Run, load_tokenizer, loader_workers, merge_schedul
 # ---------------------------------------------------------------------------------------------------------------------
 # What every measuring command needs: flags, the tokenizer with its validation images, a record beside the numbers.
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from `low` to `high`, finite."""
+def number(kind, low, high=10**9):
+    """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:  # a nan fails the first comparison
-            raise argparse.ArgumentTypeError(f"{text} must be a finite number of at least {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
+        if not low <= value <= high:  # a nan fails the comparison
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
         return value
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
