@@ -346,7 +346,7 @@ def draw_shape(name, size, draws):
     """One shape from 20 uniform draws -> (size,size,3) uint8."""
     u = iter(draws)
     # object: colour, radius, centre and angle; as fractions of the image's side
-    color = OBJECT_COLORS[int(8 * next(u))]
+    color = OBJECT_COLORS[int(6 * next(u))]
     radius = (0.55 + 0.3 * next(u)) / 2
     center = radius + np.array([next(u), next(u)]) * (1 - 2 * radius)
     angle = (next(u) - 0.5) * math.pi / 4  # up to 22.5 degrees either way
@@ -359,16 +359,16 @@ def draw_shape(name, size, draws):
     mask = np.asarray(canvas.reduce(4), dtype=np.float32)[..., None] / 255  # (size,size,1)
     # background: two colours, both dark or both light, far from the object's; `mix` (size,size,1) of them
     light = luminance(color) < 0.58
-    first, second = (BACKGROUND_COLORS[int(4 * next(u)) + 4 * light] for _ in range(2))
-    kind, angle, offset = next(u), 2 * math.pi * next(u), 0.5 * (next(u) - 0.5)
-    x = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
-    along = (math.cos(angle) * x[None] + math.sin(angle) * x[:, None])[..., None]  # signed distance from the middle
+    at = int(4 * next(u))
+    first, second = (BACKGROUND_COLORS[(at + n) % 4 + 4 * light] for n in (0, 1))
+    kind, horizon = next(u), 0.25 + 0.5 * next(u)
+    down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]  # 0 at the top, 1 at the bottom
     if kind < 0.34:
         mix = np.float32(0)  # plain
     elif kind < 0.67:
-        mix = np.clip(along / 1.2 + 0.5, 0, 1)  # a gradient
+        mix = down  # a gradient
     else:
-        mix = np.clip((along - offset) * size + 0.5, 0, 1)  # a horizon, one pixel soft
+        mix = np.clip((down - horizon) * size + 0.5, 0, 1)  # a horizon, one pixel soft
     image = first + mix * (second - first)
     image = image + mask * (color - image)
     return (image * 255 + 0.5).astype(np.uint8)
@@ -378,10 +378,10 @@ def luminance(color):
     return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
 
 
-# few colours, so that a code of twelve bits can hold one: red, orange, yellow, green, cyan, blue, purple, pink on
-# four dark and four light backgrounds
-OBJECT_COLORS = np.array([(.90, .15, .15), (1.0, .55, .10), (1.0, .90, .15), (.15, .70, .25),
-                          (.10, .75, .80), (.15, .30, .90), (.55, .20, .75), (1.0, .45, .70)])
+# few colours, so that a code of nine bits can hold one: red, orange, yellow, green, blue, purple on four dark and four
+# light backgrounds
+OBJECT_COLORS = np.array([(.90, .15, .15), (1.0, .55, .10), (1.0, .90, .15),
+                          (.15, .70, .25), (.15, .30, .90), (.55, .20, .75)])
 BACKGROUND_COLORS = np.array([(.08, .09, .14), (.22, .12, .10), (.08, .20, .15), (.22, .18, .30),
                               (.95, .93, .88), (.80, .88, .97), (.84, .95, .82), (.97, .84, .82)])
 

@@ -349,7 +349,7 @@ def draw_images(gpt, tokenizer, labels, cfg, args):
     for start in tqdm(range(0, len(labels), args.batch_size), f"cfg {cfg}", dynamic_ncols=True, leave=False):
         codes = sample_codes(gpt, labels[start:start + args.batch_size], cfg, args.temperature, args.top_k, args.top_p,
                              args.seed, start, keep)
-        images.append(decode_codes(tokenizer, codes, start).cpu())
+        images.append(decode_codes(gpt, tokenizer, codes, start).cpu())
     return check_finite("samples", torch.cat(images)).float()
 
 

@@ -2,6 +2,8 @@
 
     python generate.py                                                   # 40 images of out/mergear/ckpt.pt
     python generate.py --ckpt out/raster/ckpt.pt --classes star,heart --num 16 --cfg 3.0
+    python generate.py --cfg-sweep 1.0:4.0:0.5 --num 10                  # the same samples at seven scales, one a line
+    python generate.py --ckpt out/randar/ckpt.pt --steps 12 --cfg-schedule linear        # several codes a step
     python generate.py --num 50000 --npz out/samples.npz                 # for evaluation, ADM's layout
     torchrun --nproc_per_node=8 -- generate.py --ckpt out/l/ckpt.pt --num 50000 --npz out/samples.npz
                                                  # the -- keeps torchrun from reading --num as its own --numa-binding
@@ -21,6 +23,7 @@ from tqdm import tqdm
 
 from data import UserError, image_grid, run_main, to_uint8
 from mergear import decode_codes, load_generator, sample_codes
+from recovery import load_recovery, make_folder
 from tokenizer import Parser, start_run
 
 IN_PICTURE = 200  # images in samples.png at most
@@ -32,13 +35,17 @@ def parse(argv=None):
     add = lambda name, default, help, **more: parser.add_argument(
         name, type=type(default), default=default, help=f"{help} (default {default})" if default != "" else help, **more)
     add("--ckpt", "out/mergear/ckpt.pt", "checkpoint of mergear.py")
-    add("--cfg", 3.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
+    add("--cfg", 2.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
+    add("--cfg-schedule", "constant", "linear: the scale grows from 1 to --cfg as codes become known", choices=("constant", "linear"))
+    add("--cfg-sweep", "", "FIRST:LAST:STEP, scales instead of --cfg: OUT/sweep.png has the same samples at each, one line a scale")
     add("--temperature", 1.0, "divides the logits; 0: always the most likely code")
     add("--top-k", 0, "sample among the k most likely sub-tokens; 0: all")
     add("--top-p", 1.0, "sample among the most likely sub-tokens that hold this much probability")
     add("--classes", "", "comma-separated class names or ids, used in turn; empty: all classes")
     add("--num", 40, "images")
-    add("--keep", 0, "merge count K told to a mergear model, one it was trained on; 0: the tokenizer's target")
+    add("--keep", 0, "merge count K told to a mergear or randar model, one it was trained on; 0: the tokenizer's target")
+    add("--steps", 0, "randar: steps of parallel decoding, K at most; 0: the paper's share of K")
+    add("--recovery", "auto", "randar: checkpoint of recovery.py; auto: out/recovery/ckpt.pt if it fits; none: the tokenizer's own")
     add("--npz", "", "also write all images to this file: arr_0 uint8 (N,H,W,3), arr_1 int64 labels")
     add("--out", "out/generate", "folder for samples.png")
     add("--seed", 0, "image i is a function of (seed, i)")
@@ -52,6 +59,7 @@ def parse(argv=None):
                                ("top_k", 0 <= args.top_k <= 10**9, "from 0 to 1000000000"),
                                ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
                                ("num", 1 <= args.num <= 10**7, "from 1 to 10000000"),
+                               ("steps", 0 <= args.steps <= 10**9, "at least 0"),
                                ("batch_size", 1 <= args.batch_size <= 10**6, "from 1 to 1000000"),
                                ("seed", 0 <= args.seed < 2**31, "from 0 to 2147483647")):
         if not fine:
@@ -85,6 +93,37 @@ def check_keep(keep, config):
     return keep or None
 
 
+def check_steps(steps, keep, config):
+    """The --steps that sample_codes takes: None for the default."""
+    if steps and config.mode != "randar":
+        raise UserError(f"--steps {steps}: this {config.mode} model draws one code at a time; leave --steps out")
+    if steps > (keep or config.keep):
+        raise UserError(f"--steps {steps} is more than the {keep or config.keep} codes of an image: pass at most that, "
+                        "which draws one code a step")
+    return steps or None
+
+
+def read_sweep(text):
+    """"1.0:4.0:0.5" -> [1.0, 1.5, ..., 4.0]."""
+    try:
+        first, last, step = (float(part) for part in text.split(":"))
+        count = int((last - first) / step + 1e-6) + 1
+        if not (0 <= first <= last < math.inf and step > 0 and count <= IN_PICTURE):
+            raise ValueError
+        scales = [first + n * step for n in range(count)]
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise UserError(f"--cfg-sweep {text} must be FIRST:LAST:STEP with 0 <= FIRST <= LAST and STEP > 0, at most {IN_PICTURE} "
+                        "scales, as in 1.0:4.0:0.5")
+    return scales
+
+
+def draw_sweep(scales, gpt, tokenizer, labels, names, sample, path):
+    """PNG: the same seeds and classes at each scale, one line a scale."""
+    rows = [decode_codes(gpt, tokenizer, sample(labels, scale)).cpu()
+            for scale in tqdm(scales, "guidance scales", dynamic_ncols=True)]
+    image_grid(rows, path, labels=names and names * len(scales), row_titles=[f"cfg {scale:g}" for scale in scales])
+
+
 def open_images(args, run, side):
     """A memory-mapped uint8 (N,H,W,3) file that all ranks write to: 50,000 images need not fit in memory."""
     path = os.path.join(args.out, "images.npy.tmp")
@@ -105,10 +144,27 @@ def main(argv=None):
     gpt, tokenizer = load_generator(args.ckpt)
     config = gpt.config
     classes, keep = choose_classes(args.classes, config), check_keep(args.keep, config)
+    steps, scales = check_steps(args.steps, keep, config), read_sweep(args.cfg_sweep) if args.cfg_sweep else []
+    if config.mode == "randar":
+        load_recovery(args.recovery, tokenizer)
     run = start_run(args)
     gpt, tokenizer = gpt.to(run.device, run.dtype), tokenizer.to(run.device)
     labels = torch.tensor(classes).repeat(math.ceil(args.num / len(classes)))[:args.num]    # (N,)
-    cfg = args.cfg if config.num_classes else 1.0  # without classes there is nothing to guide
+    names = [config.class_names[n] for n in labels] if config.num_classes else None
+
+    def sample(labels, cfg, start=0):
+        cfg = cfg if config.num_classes else 1.0  # without classes there is nothing to guide
+        return sample_codes(gpt, labels, cfg, args.temperature, args.top_k, args.top_p, args.seed, start, keep, steps,
+                            args.cfg_schedule)
+
+    if scales:
+        if run.world > 1:
+            raise UserError("--cfg-sweep draws one picture: run it in one process, without torchrun")
+        path = os.path.join(args.out, "sweep.png")
+        make_folder(args.out)
+        draw_sweep(scales, gpt, tokenizer, labels[:IN_PICTURE], names, sample, path)
+        print(f"wrote {path}")
+        return
     images, path = open_images(args, run, tokenizer.config.size)
 
     # batch number n is made by rank n % world
@@ -116,8 +172,8 @@ def main(argv=None):
     bar, began = tqdm(total=args.num, unit="image", disable=not run.main, dynamic_ncols=True), time.time()
     for start in starts:
         wanted = labels[start:start + args.batch_size]
-        codes = sample_codes(gpt, wanted, cfg, args.temperature, args.top_k, args.top_p, args.seed, start, keep)
-        images[start:start + len(wanted)] = to_uint8(decode_codes(tokenizer, codes, start))
+        codes = sample(wanted, args.cfg, start)
+        images[start:start + len(wanted)] = to_uint8(decode_codes(gpt, tokenizer, codes, start))
         bar.update(min(len(wanted) * run.world, args.num - bar.n))
     images.flush()
     if run.world > 1:
@@ -127,12 +183,11 @@ def main(argv=None):
     if run.main:
         seconds = time.time() - began
         shown = torch.from_numpy(np.array(images[:IN_PICTURE])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        names = [config.class_names[n] for n in labels[:len(shown)]] if config.num_classes else None
         columns = len(classes) if 1 < len(classes) <= 12 else 8  # then each class has its column
-        image_grid(shown, os.path.join(args.out, "samples.png"), labels=names, columns=columns)
-        cache = gpt.new_cache(1 if cfg == 1.0 else 2, keep or config.keep)
+        image_grid(shown, os.path.join(args.out, "samples.png"), labels=names and names[:len(shown)], columns=columns)
+        cache = gpt.new_cache(1 if args.cfg == 1.0 or not names else 2, keep or config.keep)
         print(f"{args.num} images in {seconds:.1f} s: {args.num / seconds:.2f} images/s, "
-              f"{args.num * config.length / seconds:.0f} tokens/s; "
+              f"{args.num * codes.shape[1] / seconds:.0f} tokens/s; "
               f"{config.mode} KV cache: {cache.rows} rows, {cache.nbytes():,} bytes an image")
         print(f"wrote {os.path.join(args.out, 'samples.png')}" + (f" (the first {len(shown)})" if len(shown) < args.num else ""))
         if args.npz:

@@ -1,7 +1,8 @@
-"""Stage 2 of MergeVQ (arXiv 2504.00999): a generator of codes in raster order, with MergeAR's compact KV cache.
+"""Stage 2 of MergeVQ (arXiv 2504.00999): three generators of codes. MergeAR, RandAR, and the raster baseline.
 
     python mergear.py                                           # tiny, on out/tokenizer/ckpt.pt, two CPU cores
     python mergear.py --mode raster --out out/raster            # the same without cache compression: the baseline
+    python mergear.py --mode randar --out out/randar            # the K merged codes alone, in any order
     python mergear.py --model l --tokenizer out/g/ckpt.pt --batch-size 64 --accum 8                # one GPU
     torchrun --nproc_per_node=8 mergear.py --model l --tokenizer out/g/ckpt.pt --accum 8           # eight GPUs
     python mergear.py --resume                                  # go on where the run in --out stopped
@@ -14,9 +15,12 @@ L codes, row by row, are the sequence that a class-conditional LLaMA-style trans
 Of the L codes at most K differ. MergeAR attends to the first position of each merged token and to a short window, not to
 the other repeats; so a repeat that has left the window can be evicted, and the KV cache has 2 + K + window rows, not L.
 
+RandAR (2412.01827) generates the K merged codes themselves, in an order drawn anew for each sample, several at a time;
+source recovery (tokenizer.py) then says where each of them belongs.
+
 Read top to bottom: config, attention mask, code bits, the model, KV caches, sampling, code cache on disk, main.
-Axis letters: B batch, R rows of a decoding step (2B under CFG), L positions, K merge count, D width, S sub-tokens,
-T sequence length, P prefix length, h heads.
+Axis letters: B batch, R rows of a decoding step (2B under CFG), L positions, K merge count, N codes of a sequence (L, or
+K in randar mode), D width, S sub-tokens, T sequence length, P prefix length, h heads, n rows fed to a step.
 """
 
 import copy
@@ -45,20 +49,21 @@ from tokenizer import (RunConfig, Stop, adamw, any_rank, append_metrics, arg, ch
 # ---------------------------------------------------------------------------------------------------------------------
 # Config. Every field of GPTFlags is a flag; GPTConfig adds what the tokenizer and the data set decide.
 
-MODES = ("raster", "mergear")
-BETAS = {"raster": (0.9, 0.99), "mergear": (0.9, 0.99)}  # AdamW, Table A2
+MODES = ("raster", "mergear", "randar")
+BETAS = {"raster": (0.9, 0.99), "mergear": (0.9, 0.99), "randar": (0.9, 0.95)}  # AdamW, Table A2
 
 
 @dataclasses.dataclass
 class GPTFlags(RunConfig):
     """Defaults are the tiny model's; MODELS lists what the others change."""
     model: str = arg("tiny", "preset: tiny, b, l or xl", choices=("tiny", "b", "l", "xl"))
-    mode: str = arg("mergear", "raster (every earlier position) or mergear (first positions and a window)", choices=MODES)
+    mode: str = arg("mergear", "raster (sees every earlier position), mergear (first positions and a window) or randar "
+                    "(merged codes in random order)", choices=MODES)
     tokenizer: str = arg("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py")
     data: str = arg("", "shapes | image folder | .tar or quoted glob of tar shards; empty: what the tokenizer was trained on")
     out: str = arg("out/mergear", "folder for checkpoint, metrics, pictures and the code cache")
-    width: int = arg(128, "transformer width D", low=4, high=32768)
-    depth: int = arg(6, "transformer blocks", low=1, high=256)
+    width: int = arg(96, "transformer width D", low=4, high=32768)
+    depth: int = arg(4, "transformer blocks", low=1, high=256)
     heads: int = arg(4, "attention heads", low=1, high=1024)
     head_depth: int = arg(1, "blocks over the sub-tokens of one code, when it has more than one", low=0, high=256)
     dropout: float = arg(0.0, "dropout after attention and MLP", low=0.0, high=0.9)
@@ -68,10 +73,11 @@ class GPTFlags(RunConfig):
     window: int = arg(8, "mergear: how many recent positions stay visible whatever their code", low=0, high=1000000)
     duplicate: str = arg("source", "mergear, in training: a position is a repeat if its merged token (source) or its code "
                          "(codes) came before; generation can only see codes", choices=("source", "codes"))
+    order: str = arg("random", "randar: order of the merged codes, random, or raster as its baseline", choices=("random", "raster"))
     views: int = arg(2, "views of each image in the code cache: centre crop, mirror image, then random crops", low=1, high=1000)
     cache: str = arg("", "folder of the code cache; empty: OUT/codes; none: encode the images at every step")
     batch_size: int = arg(32, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
-    max_steps: int = arg(1200, "optimizer steps; 0: as many as --epochs makes", low=0)
+    max_steps: int = arg(2200, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(300, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(2e-3, "peak learning rate", low=0.0)
     lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
@@ -80,8 +86,8 @@ class GPTFlags(RunConfig):
     weight_decay: float = arg(0.05, "AdamW weight decay of matrices", low=0.0)
     clip: float = arg(1.0, "gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.999, "decay of the weight average that sampling uses", low=0.0, high=1.0)
-    eval_every: int = arg(600, "steps between evaluations with pictures", low=1)
-    save_every: int = arg(600, "steps between checkpoints", low=1)
+    eval_every: int = arg(1100, "steps between evaluations with pictures", low=1)
+    save_every: int = arg(550, "steps between checkpoints", low=1)
 
 
 @dataclasses.dataclass
@@ -99,8 +105,8 @@ class GPTConfig(GPTFlags):
         return math.isqrt(self.length)
 
     @property
-    def prefix(self):  # P: class, and in mergear mode the instruction
-        return 2 if self.mode == "mergear" else 1
+    def prefix(self):  # P: class, and except in raster mode the instruction
+        return 1 if self.mode == "raster" else 2
 
     @property
     def sub_bits(self):  # how the d bits of a code are divided into sub-tokens, low bits first
@@ -111,7 +117,7 @@ PAPER = dict(dropout=0.1, token_dropout=0.1, label_smoothing=0.1, window=16, bat
              head_depth=2, eval_every=5000, save_every=5000)
 
 MODELS = {  # parameters with d = 18 (sub-tokens of 6 + 12 bits), 1,000 classes, L = 1024
-    "tiny": {},                                                               # 1.4M with d = 12, 10 classes, L = 64
+    "tiny": {},                                                               # 0.54M with d = 9, 10 classes, L = 64
     "b": dict(PAPER, model="b", width=768, depth=12, heads=12),               # 106M
     "l": dict(PAPER, model="l", width=1024, depth=24, heads=16),              # 343M
     "xl": dict(PAPER, model="xl", width=1280, depth=36, heads=20),            # 784M
@@ -134,8 +140,18 @@ def check_config(config):
 #   instruction    0 .. len(keeps)-1: index into config.keeps. Callers pass K itself, the model looks the index up
 #   code           0 .. 2^d-1, bit j worth 2^j, as the tokenizer numbers them
 #   sub-token s    0 .. 2^sub_bits[s]-1: bits of the code; s = 0 has the low ones
-#   sequence row   t = 0 class, [1 instruction,] then P+i = code x_i. The output at row P-1+i predicts x_i
-#   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout, (seed, step, rank, 5) other dropout;
+#   rank           0 .. K-1: the number of a merged token, by the raster order of its first position
+#   sequence row   t = 0 class, [1 instruction,] then by mode, with what the output at that row predicts below it:
+#
+#                     raster     c  x_0 x_1 x_2 ... x_{L-2}
+#                               x_0 x_1 x_2 x_3 ... x_{L-1}
+#                     mergear    c   m  x_0 x_1 x_2 ... x_{L-2}             m: merge instruction, which K
+#                                   x_0 x_1 x_2 x_3 ... x_{L-1}             some earlier rows are masked
+#                     randar     c   m  p_a x_a p_b x_b p_c ... p_z         a, b, c ... z: the ranks in random order
+#                                       x_a     x_b     x_c     x_z         p_a: position instruction, "now rank a"
+#
+#   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout, (seed, step, rank, 5) other dropout,
+#                  (seed, step, 6) rows of the code cache, (seed, step, 7) order of the ranks;
 #                  (seed, sample) the uniform numbers of one sample
 
 
@@ -201,14 +217,20 @@ def code_losses(logits, codes, sub_bits, label_smoothing=0.0):
 
 def rope_table(config, device):
     """cos, sin (P+L, D/h/2) of the 2D rotary embedding: half of a head's pairs turn with the grid row, half with the
-    column. Prefix rows are not turned."""
-    pairs = config.width // config.heads // 4
-    frequency = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
+    column. In randar mode all turn with the rank, as merged tokens have no row. Prefix rows are not turned."""
     position = torch.arange(config.length, device=device)
-    row, column = position // config.grid, position % config.grid
-    angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)      # (L, 2 pairs)
-    angle = F.pad(angle, (0, 0, config.prefix, 0))                                         # (P+L, 2 pairs)
+    axes = [position] if config.mode == "randar" else [position // config.grid, position % config.grid]
+    pairs = config.width // config.heads // 2 // len(axes)
+    frequency = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
+    angle = torch.cat([axis[:, None] * frequency for axis in axes], dim=1)                 # (L, D/h/2)
+    angle = F.pad(angle, (0, 0, config.prefix, 0))                                         # (P+L, D/h/2)
     return angle.cos(), angle.sin()
+
+
+def rope_of_pairs(config, order):
+    """cos, sin (B,1,P+2K,D/h/2) of the sequence c m p_a x_a p_b x_b ...: both rows of a pair turn with its rank."""
+    row = F.pad(config.prefix + order.repeat_interleave(2, dim=1), (config.prefix, 0))     # (B,P+2K); prefix: not turned
+    return [table[row][:, None] for table in rope_table(config, order.device)]
 
 
 def rotate(x, cos, sin):
@@ -246,17 +268,18 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Class-conditional transformer over the L codes of an image in raster order.
+    """Class-conditional transformer over the codes of an image: all L in raster order, or in randar mode the K merged ones.
 
-    forward() sees whole sequences (training); prefill() and advance() go one token at a time over a cache that the
-    caller owns (generation). Both give the same logits.
+    forward() sees whole sequences (training); prefill() and advance(), in randar mode advance_pairs(), go step by step over
+    a cache that the caller owns (generation). Both give the same logits.
     """
     def __init__(self, config):
         super().__init__()
         check_config(config)
         self.config, D = config, config.width
         self.class_embed = nn.Embedding(config.num_classes + 1, D)
-        self.instruction = nn.Embedding(len(config.keeps), D) if config.mode == "mergear" else None
+        self.instruction = nn.Embedding(len(config.keeps), D) if config.mode != "raster" else None
+        self.position = nn.Embedding(config.length, D) if config.mode == "randar" else None  # position instructions, by rank
         self.register_buffer("keeps", torch.tensor(config.keeps), persistent=False)
         self.sub_embed = nn.ModuleList(nn.Embedding(2 ** n, D) for n in config.sub_bits)
         self.mask_embed = nn.Parameter(torch.empty(D))  # stands for a dropped input code
@@ -309,25 +332,47 @@ class GPT(nn.Module):
         x = self.norm(x).view(shape)
         return [to_logits(x[..., s, :]) for s, to_logits in zip(range(shape[-2]), self.to_logits)]
 
-    def forward(self, codes, labels, keep=None, mask=None, dropped=None):
-        """codes (B,L), labels (B,), keep (B,), mask (B,L,L) of mergear_mask, dropped (B,L) bool: inputs to hide.
+    def next_sub(self, x, s, past):
+        """head() one row at a time, as generation needs it: x (...,D) is h for s = 0, then the embedding of sub-token s - 1;
+        past: keys and values of the rows before, a pair for each head block, [] at first -> logits (...,2^sub_bits[s]), past."""
+        shape, x, new = x.shape, x.reshape(-1, 1, x.shape[-1]), []
+
+        def attend(q, k, v):
+            if past:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(past[len(new)], (k, v)))
+            new.append((k, v))
+            return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+        for block in self.head_blocks:
+            x = block(x, attend)
+        return self.to_logits[s](self.norm(x)).view(*shape[:-1], -1), new
+
+    def forward(self, codes, labels, keep=None, mask=None, order=None, dropped=None):
+        """codes (B,N) in the order of the sequence, labels (B,), dropped (B,N) bool: inputs to hide. keep (B,): merge
+        count, except in raster mode. mask (B,L,L): of mergear_mask, mergear mode only. order (B,K): rank of each code,
+        randar mode only.
 
         Returns the logits of every sub-token given all codes before it and the earlier sub-tokens of its own code: a
-        list of S tensors (B,L,2^sub_bits[s]). keep and mask belong to mergear mode, and only to it.
+        list of S tensors (B,N,2^sub_bits[s]).
         """
-        c, L = self.config, codes.shape[1]
-        assert L == c.length, f"{L} codes for a model of {c.length}"
-        assert (mask is not None) == (keep is not None) == (c.mode == "mergear"), f"keep and mask do not fit mode {c.mode}"
-        x = self.embed_codes(codes[:, :-1])                                                # (B,L-1,D)
+        c, P = self.config, self.config.prefix
+        given = dict(keep=keep is not None, mask=mask is not None, order=order is not None)
+        wanted = dict(keep=c.mode != "raster", mask=c.mode == "mergear", order=c.mode == "randar")
+        assert given == wanted, f"mode {c.mode} takes {wanted}, got {given}"
+        assert codes.shape[1] == c.length or c.mode == "randar", f"{codes.shape[1]} codes for a model of {c.length}"
+        x = self.embed_codes(codes)                                                        # (B,N,D)
         if dropped is not None:
-            x = torch.where(dropped[:, :-1, None], self.mask_embed.to(x.dtype), x)
-        x = torch.cat([self.embed_prefix(labels, keep), x], dim=1)                         # (B,T,D), T = P+L-1
-        P, T = c.prefix, x.shape[1]
+            x = torch.where(dropped[..., None], self.mask_embed.to(x.dtype), x)
+        if order is not None:
+            x = torch.stack([self.position(order).to(x.dtype), x], dim=2).flatten(1, 2)    # (B,2K,D)
+        x = torch.cat([self.embed_prefix(labels, keep), x[:, :-1]], dim=1)                 # (B,T,D), T = P+N-1 or P+2K-1
+        T = x.shape[1]
         if mask is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
             inner = F.pad(mask[:, :-1, :-1], (P, 0, P, 0), value=True)                     # (B,T,T): prefix always seen
             mask = (causal & inner)[:, None]                                               # (B,1,T,T)
-        cos, sin = (table[:T] for table in rope_table(c, x.device))
+        cos, sin = rope_table(c, x.device) if order is None else rope_of_pairs(c, order)
+        cos, sin = cos[..., :T, :], sin[..., :T, :]
 
         def attend(q, k, v):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -335,11 +380,15 @@ class GPT(nn.Module):
 
         for block in self.blocks:
             x = block(x, attend)
-        return self.head(x[:, P - 1:], split_codes(codes, c.sub_bits)[..., :-1])
+        x = x[:, P - 1:] if order is None else x[:, P::2]                                  # (B,N,D): the rows that predict
+        return self.head(x, split_codes(codes, c.sub_bits)[..., :-1])
 
     def new_cache(self, sequences, keep=None):
-        """A KV cache for R sequences: dense in raster mode, compact for at most `keep` first positions in mergear mode."""
-        return CompactCache(self, sequences, keep) if self.config.mode == "mergear" else DenseCache(self, sequences)
+        """A KV cache for R sequences: compact for at most `keep` first positions in mergear mode, else one row a token."""
+        if self.config.mode == "mergear":
+            return CompactCache(self, sequences, keep)
+        codes = 2 * keep if self.config.mode == "randar" else self.config.length
+        return DenseCache(self, sequences, self.config.prefix + codes - 1)  # the last code is never an input
 
     def prefill(self, labels, keep, cache):
         """Start sequences: labels (R,), keep (R,) -> h (R,D), from which head() predicts x_0."""
@@ -353,13 +402,31 @@ class GPT(nn.Module):
         return self._step(self.embed_codes(codes), self.config.prefix + i, codes, cache)
 
     def _step(self, x, t, codes, cache):
-        x = x[:, None]                                                                     # (R,1,D)
         cache.begin(t, codes)
-        cos, sin = cache.cos[t], cache.sin[t]
+        return self._run(x[:, None], cache.cos[t], cache.sin[t], cache)[:, 0]
+
+    def _run(self, x, cos, sin, cache):
+        """x (R,n,D) -> (R,n,D) through all blocks, over a cache that knows where these rows go and what they may see."""
         for layer, block in enumerate(self.blocks):
             # keys are stored turned, so the order of the cache's rows does not matter
             x = block(x, lambda q, k, v: cache.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v))
-        return x[:, 0]
+        return x
+
+    def advance_pairs(self, codes, order, done, cache):
+        """Randar: append the codes drawn last, ask for the next ones. codes (R,a), order (R,a+b): the ranks of these
+        codes, then of b new ones; done: how many codes came before these -> h (R,b,D), from which head() predicts.
+
+        The a codes are laid out in pairs p x p x ... as in training. Each of the b position instructions sees all of
+        them and itself, not the other b - 1; the next call overwrites these rows with pairs. With b = 1 this is
+        exactly the model that was trained.
+        """
+        a, t = codes.shape[1], self.config.prefix + 2 * done
+        asked = self.position(order)                                                       # (R,a+b,D)
+        pairs = torch.stack([asked[:, :a], self.embed_codes(codes)], dim=2).flatten(1, 2)  # (R,2a,D)
+        x = torch.cat([pairs, asked[:, a:]], dim=1)                                        # (R,2a+b,D)
+        rank = self.config.prefix + torch.cat([order[:, :a].repeat_interleave(2, dim=1), order[:, a:]], dim=1)
+        cache.begin(t, None, x.shape[1], alone=order.shape[1] - a)
+        return self._run(x, cache.cos[rank][:, None], cache.sin[rank][:, None], cache)[:, 2 * a:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,27 +447,31 @@ def empty_rows(gpt, sequences, rows):
 
 
 class DenseCache:
-    """Raster mode: sequence row t is cache row t."""
-    def __init__(self, gpt, sequences):
-        self.rows = gpt.config.prefix + gpt.config.length - 1  # the last code is never an input
-        self.keys, self.values = empty_rows(gpt, sequences, self.rows)
+    """Raster and randar mode: sequence row t is cache row t."""
+    def __init__(self, gpt, sequences, rows):
+        self.rows = rows
+        self.keys, self.values = empty_rows(gpt, sequences, rows)
         self.cos, self.sin = rope_table(gpt.config, self.keys.device)
 
-    def begin(self, t, codes):
-        """Where the token of sequence row t goes and what it may see: decided once, for all layers."""
-        self.t, self.visible = t, bucket(t + 1, self.rows)
+    def begin(self, t, codes, n=1, alone=0):
+        """Where the n tokens of sequence rows t, t + 1, ... go and what they may see: decided once, for all layers. The
+        last `alone` of them do not see each other."""
+        self.new, self.visible = slice(t, t + n), bucket(t + n, self.rows)
+        column = torch.arange(self.visible, device=self.keys.device)
+        row = column[self.new, None]                                                       # (n,1)
+        self.unseen = (column > row) | (column >= t + n - alone) & (column != row)         # (n,visible)
 
     def attend(self, layer, q, k, v):
-        """(R,h,1,D/h) each -> (R,h,1,D/h)."""
+        """(R,h,n,D/h) each -> (R,h,n,D/h)."""
         keys, values, shape = self.keys[layer], self.values[layer], q.shape
-        keys[:, self.t], values[:, self.t] = k.flatten(0, 2), v.flatten(0, 2)
-        scores = torch.bmm(q.flatten(0, 1) * shape[-1] ** -0.5, keys[:, :self.visible].transpose(1, 2))   # (Rh,1,n)
-        scores[..., self.t + 1:] = -math.inf
-        return torch.bmm(scores.softmax(-1), values[:, :self.visible]).view(shape)
+        keys[:, self.new], values[:, self.new] = k.flatten(0, 1), v.flatten(0, 1)
+        scores = torch.bmm(q.flatten(0, 1) * shape[-1] ** -0.5, keys[:, :self.visible].transpose(1, 2))
+        scores = scores.masked_fill_(self.unseen, -math.inf).softmax(-1)                   # (Rh,n,visible)
+        return torch.bmm(scores, values[:, :self.visible]).view(shape)
 
     def rows_in_use(self):
         """How many rows hold a token that the next one may attend to: the same for each sequence."""
-        return self.t + 1
+        return self.new.stop
 
     def nbytes(self):
         return 2 * self.keys.nbytes
@@ -485,10 +556,7 @@ class CompactCache:
 # Sampling. generate.py and evaluation use it; it is here because training draws pictures too.
 
 def guide(logits, cfg):
-    """Classifier-free guidance: logits (2B,V), conditional rows first -> uncond + cfg * (cond - uncond), (B,V).
-    cfg 1.0 is the conditional model itself: then the logits are (B,V) already and nothing is computed."""
-    if cfg == 1.0:
-        return logits
+    """Classifier-free guidance: logits (2B,V), conditional rows first -> uncond + cfg * (cond - uncond), (B,V)."""
     cond, uncond = logits.float().chunk(2)
     return uncond + cfg * (cond - uncond)
 
@@ -530,56 +598,122 @@ def in_chunks(function, start, device, *tensors, chunk=None):
     return torch.cat([function(*(x.to(device) for x in piece)) for piece in zip(*pieces)])[before:before + count]
 
 
-@torch.no_grad()
-def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, start=0, keep=None, chunk=None):
-    """Generate: labels (B,) class ids -> codes (B,L) int64. Sample i depends on (seed, start + i) and its label only:
-    not on B, nor on the other samples (on one machine, for one dtype and chunk; see in_chunks).
+def arccos_steps(keep, steps=None):
+    """How many of `keep` codes each step of parallel decoding draws: few while little is known, many at the end, at least
+    one, summing to keep. Codes known after share r of the steps: 1 - 2/pi arccos(r), MaskGIT's (2202.04200) arccos.
 
-    cfg: guidance scale; 1.0 runs one row a sample, anything else two. keep: the merge count told to a mergear model and
-    the bound of its cache (default: the tokenizer's target). With codes of two sub-tokens, temperature, top_k and top_p
-    act on each in turn: top_k = 10 leaves up to 10 x 10 codes, top_p = 0.9 at least 0.9 x 0.9 of the probability.
+    steps None: the paper's 64 for 144 codes and 88 for 256, and the power law through both for others.
+    """
+    steps = max(1, min(keep, round(64 * (keep / 144) ** 0.5535))) if steps is None else steps
+    assert 1 <= steps <= keep, f"{steps} steps for {keep} codes: pass 1 to {keep}"
+    counts, known = [], 0
+    for s in range(1, steps + 1):
+        aim = round(keep * (1 - 2 / math.pi * math.acos(s / steps)))
+        counts.append(max(1, min(aim - known, keep - known - (steps - s))))
+        known += counts[-1]
+    return counts
+
+
+@torch.no_grad()
+def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, start=0, keep=None, steps=None,
+                 cfg_schedule="constant", chunk=None):
+    """Generate: labels (B,) class ids -> codes (B,N) int64: L in raster order, in randar mode K by rank. Sample i depends on
+    (seed, start + i) and its label only: not on B, nor on the other samples (on one machine, for one dtype and chunk; see
+    in_chunks).
+
+    cfg: guidance scale; 1.0 runs one row a sample, anything else two. cfg_schedule linear: the scale grows from 1 to cfg
+    with the share of codes known. keep: the merge count told to the model (default: the tokenizer's target), in mergear
+    mode also the bound of its cache, in randar mode the number of codes. steps: of parallel decoding, randar mode only
+    (default: see arccos_steps; `keep` steps draw one code at a time). With codes of two sub-tokens, temperature, top_k and
+    top_p act on each in turn: top_k = 10 leaves up to 10 x 10 codes, top_p = 0.9 at least 0.9 x 0.9 of the probability.
     The arithmetic is that of gpt's weights: gpt.to(torch.bfloat16) samples, and caches, in bfloat16.
     """
     c, device = gpt.config, gpt.mask_embed.device
     assert not gpt.training, "sample from a model in eval mode"
-    if c.mode == "mergear":
+    assert c.mode == "randar" or steps is None, f"steps {steps} was passed, but a {c.mode} model draws one code at a time"
+    if c.mode == "raster":
+        assert keep is None, f"keep {keep} was passed, but a {c.mode} model has no merge instruction"
+    else:
         keep = c.keep if keep is None else keep
         assert keep in c.keeps, f"keep {keep} is not one of the merge counts {c.keeps} of this model"
-    else:
-        assert keep is None, f"keep {keep} was passed, but a {c.mode} model has no merge instruction"
-    # the only randomness: one uniform number for each sub-token of each position
-    noise = torch.stack([torch.rand(c.length, len(c.sub_bits), dtype=torch.float64, generator=seeded(seed, start + i))
-                         for i in range(len(labels))])                                     # (B,L,S)
+    # the only randomness: a uniform number for each sub-token of each code, and in randar mode the order of the codes
+    noise, order = [], []
+    for i in range(len(labels)):
+        generator = seeded(seed, start + i)
+        noise.append(torch.rand(c.length, len(c.sub_bits), dtype=torch.float64, generator=generator))
+        order.append(draw_orders(c, 1, keep or c.length, generator))
+    noise, order = torch.stack(noise), torch.cat(order)                                    # (B,L,S), (B,K)
     noise = noise.float() if device.type == "mps" else noise
-    decode = lambda labels, noise: _decode(gpt, labels, noise, cfg, temperature, top_k, top_p, keep)
-    return in_chunks(decode, start, device, labels, noise, chunk=chunk)
+    copies = 1 if cfg == 1.0 else 2
+
+    def pick(h, noise, share):  # share of the codes that will be known after this
+        scale = 1 + (cfg - 1) * share if cfg_schedule == "linear" else cfg
+        return pick_codes(gpt, h, noise, copies, scale, temperature, top_k, top_p)
+
+    def decode(labels, noise, order):
+        if copies == 2:
+            labels = torch.cat([labels, torch.full_like(labels, gpt.null_class)])          # (2B,)
+        told = None if keep is None else torch.full_like(labels, keep)
+        cache = gpt.new_cache(len(labels), keep)
+        h = gpt.prefill(labels, told, cache)
+        if c.mode == "randar":
+            return decode_parallel(gpt, cache, noise, order, arccos_steps(keep, steps), copies, pick)
+        return decode_in_turn(gpt, cache, h, noise, copies, pick)
+
+    return in_chunks(decode, start, device, labels, noise, order, chunk=chunk)
+
+
+def pick_codes(gpt, h, noise, copies, scale, temperature=1.0, top_k=0, top_p=1.0):
+    """n codes of each sample, sub-token by sub-token: h (copies*B,n,D), noise (B,n,S) uniform -> (B,n)."""
+    subs, past, x = [], [], h
+    for s in range(noise.shape[-1]):
+        logits, past = gpt.next_sub(x, s, past)                                            # (copies*B,n,2^sub_bits[s])
+        logits = guide(logits, scale) if copies == 2 else logits                           # (B,n,2^sub_bits[s])
+        subs.append(draw(logits.flatten(0, 1), noise[..., s].flatten(), temperature, top_k, top_p).view(noise.shape[:2]))
+        x = gpt.sub_embed[s](subs[-1].repeat(copies, 1))  # both halves of CFG continue with the same sub-tokens
+    return join_codes(torch.stack(subs, dim=-1), gpt.config.sub_bits)
+
+
+def draw_orders(config, samples, keep, generator):
+    """An order of the ranks 0 .. keep-1 for each sample: random, or with --order raster the identity. (samples,keep)"""
+    if config.order == "raster":
+        return torch.arange(keep).expand(samples, -1)
+    return torch.rand(samples, config.length, generator=generator)[:, :keep].argsort(dim=1)
+
+
+def decode_in_turn(gpt, cache, h, noise, copies, pick):
+    """One code after the other, in raster order -> codes (B,L)."""
+    L, codes = noise.shape[1], []
+    for i in range(L):
+        codes.append(pick(h[:, None], noise[:, i:i + 1], (i + 1) / L)[:, 0])
+        if i < L - 1:
+            h = gpt.advance(codes[-1].repeat(copies), i, cache)
+    return torch.stack(codes, dim=1)
+
+
+def decode_parallel(gpt, cache, noise, order, counts, copies, pick):
+    """counts[0] codes at once, then counts[1], ... in the given order of ranks (B,K) -> codes (B,K) by rank."""
+    codes = order[:, :0]                                                                   # (B,0), then the last ones
+    drawn, old, known = [], 0, 0  # codes before `codes`, and with them
+    for n in counts:
+        h = gpt.advance_pairs(codes.repeat(copies, 1), order[:, old:known + n].repeat(copies, 1), old, cache)
+        codes = pick(h, noise[:, known:known + n], (known + n) / order.shape[1])
+        drawn.append(codes)
+        old, known = known, known + n
+    return torch.empty_like(order).scatter_(1, order, torch.cat(drawn, dim=1))
 
 
 @torch.no_grad()
-def decode_codes(tokenizer, codes, start=0, chunk=None):
-    """Generated codes (B,L), of samples start, start + 1, ... -> images (B,3,H,W). Every position has its own code."""
-    positions = torch.arange(codes.shape[1], device=codes.device)
-    return in_chunks(lambda x: tokenizer.decode(x, positions.expand_as(x)), start, codes.device, codes, chunk=chunk)
+def decode_codes(gpt, tokenizer, codes, start=0, chunk=None):
+    """Generated codes (B,N), of samples start, start + 1, ... -> images (B,3,H,W). In raster order every position has its
+    own code; for the merged codes of randar mode, source recovery says which position gets which."""
+    positions = torch.arange(tokenizer.config.length, device=codes.device)
 
+    def decode(codes):
+        source = tokenizer.recover(codes) if gpt.config.mode == "randar" else positions.expand_as(codes)
+        return tokenizer.decode(codes, source)
 
-def _decode(gpt, labels, noise, cfg, temperature, top_k, top_p, keep):
-    """One chunk: labels (B,), noise (B,L,S) uniform -> codes (B,L)."""
-    c, copies = gpt.config, 1 if cfg == 1.0 else 2
-    if copies == 2:
-        labels = torch.cat([labels, torch.full_like(labels, gpt.null_class)])              # (2B,)
-    cache = gpt.new_cache(len(labels), keep)
-    codes = torch.empty(noise.shape[:2], dtype=torch.long, device=labels.device)
-    h = gpt.prefill(labels, None if keep is None else torch.full_like(labels, keep), cache)
-    for i in range(c.length):
-        subs = codes.new_empty(len(codes), 0)
-        for s in range(len(c.sub_bits)):  # both halves of CFG continue with the same sub-tokens
-            logits = gpt.head(h, subs.repeat(copies, 1))[s]
-            new = draw(guide(logits, cfg), noise[:, i, s], temperature, top_k, top_p)
-            subs = torch.cat([subs, new[:, None]], dim=1)
-        codes[:, i] = join_codes(subs, c.sub_bits)
-        if i < c.length - 1:
-            h = gpt.advance(codes[:, i].repeat(copies), i, cache)
-    return codes
+    return in_chunks(decode, start, codes.device, codes, chunk=chunk)
 
 
 def load_generator(path, device="cpu"):
@@ -613,12 +747,12 @@ def read_meta(folder):
 
 
 class CodeDataset(Dataset):
-    """ds[i], or ds[(epoch, i)] -> (codes (L,), source (L,), label, keep). The view of an image changes by the epoch."""
+    """ds[i], or a batch ds[rows] -> (codes (L,), source (L,), label). Item i < len is view 0 of image i. .keep: K by row."""
     def __init__(self, folder):
         self.meta = read_meta(folder)
         try:
-            self.columns = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in COLUMNS]
-            fits = all(len(column) == self.meta["views"] * self.meta["images"] for column in self.columns)
+            *self.columns, self.keep = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in COLUMNS]
+            fits = all(len(column) == self.meta["views"] * self.meta["images"] for column in (*self.columns, self.keep))
         except Exception:  # a damaged file can raise anything
             fits = False
         if not fits:
@@ -627,10 +761,22 @@ class CodeDataset(Dataset):
     def __len__(self):
         return self.meta["images"]
 
-    def __getitem__(self, key):
-        epoch, i = key if isinstance(key, tuple) else (0, key)
-        row = (epoch + i) % self.meta["views"] * len(self) + i
-        return tuple(torch.from_numpy(np.array(column[row], dtype=np.int64)) for column in self.columns)
+    def __getitem__(self, rows):
+        return tuple(torch.from_numpy(np.array(column[rows], dtype=np.int64)) for column in self.columns)
+
+
+def code_batches(codes, tokenizer_config, batch_size, seed, step, drawn, accum, rank, world):
+    """Endless micro-batches (codes, source, labels, K) of this rank from a CodeDataset: what `batches` is for images. A step
+    has one K, drawn as in stage 1 if `drawn`; which rows with it is a function of (seed, step), as in nanoGPT's get_batch."""
+    rows_with = {k: np.flatnonzero(codes.keep == k) for k in np.unique(codes.keep).tolist()}
+    micro = batch_size // (world * accum)
+    while True:
+        K = sample_keep(tokenizer_config, seed, step) if drawn else tokenizer_config.keep
+        K = K if K in rows_with else tokenizer_config.keep  # a small cache may lack a rare one
+        picked = rows_with[K][torch.randint(len(rows_with[K]), (batch_size,), generator=seeded(seed, step, 6)).numpy()]
+        for m in range(accum):
+            yield *codes[picked[(m * world + rank) * micro:(m * world + rank + 1) * micro]], K
+        step += 1
 
 
 class Views(Dataset):
@@ -712,31 +858,39 @@ def extract_codes(folder, dataset, tokenizer, config, run, meta, batch=64):
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-def to_sequence(batch, tokenizer, keep, device):
-    """A batch of a CodeDataset, or of images and labels that are encoded now -> codes (B,L), source (B,L), labels, keep (B,)."""
-    if len(batch) == 4:
-        return [x.to(device, non_blocking=True) for x in batch]
-    images, labels = (x.to(device, non_blocking=True) for x in batch)
+def encode_batch(batch, tokenizer, keep, device):
+    """A batch of a CodeDataset, or of images and labels that are encoded now -> codes (B,L), source (B,L), labels (B,)."""
+    batch = [x.to(device, non_blocking=True) for x in batch]
+    if len(batch) == 3:
+        return batch
     with torch.no_grad():
-        encoded = tokenizer.encode(images, keep)
-    return encoded.codes.gather(1, encoded.source), encoded.source, labels, torch.full_like(labels, keep)
+        encoded = tokenizer.encode(batch[0], keep)
+    return encoded.codes.gather(1, encoded.source), encoded.source, batch[1]
 
 
-def mergear_inputs(config, codes, source, keep):
-    """What forward() needs besides codes and labels: nothing in raster mode, merge count and mask in mergear mode."""
-    if config.mode != "mergear":
-        return None, None
-    return keep, mergear_mask(source if config.duplicate == "source" else codes, config.window)
+def to_sequence(config, codes, source, keep, order):
+    """What a mode makes of codes (B,L) and source (B,L) with K = keep: the sequence (B,N), and forward()'s arguments beside
+    the labels. order (B,K): of the ranks, which randar mode uses."""
+    if config.mode == "raster":
+        return codes, {}
+    told = torch.full_like(codes[:, 0], keep)
+    if config.mode == "mergear":
+        return codes, dict(keep=told, mask=mergear_mask(source if config.duplicate == "source" else codes, config.window))
+    merged = torch.zeros_like(order).scatter_(1, source, codes)                            # (B,K): each code once
+    return merged.gather(1, order), dict(keep=told, order=order)
 
 
 @torch.no_grad()
 def evaluate(gpt, dataset, tokenizer, config, run):
-    """Negative log-likelihood of the validation codes at the target K, bits a token, over all ranks."""
+    """Negative log-likelihood of the validation codes at the target K, bits a token, over all ranks. In randar mode a
+    token is one of K, not of L, and one random order serves all images."""
     sums = torch.zeros(1 + len(config.sub_bits), device=run.device)                        # tokens, bits of each sub-token
+    order = draw_orders(config, 1, config.keep, seeded(0)).to(run.device)
     for batch in val_loader(dataset, config, run, config.eval_num):
-        codes, source, labels, keep = to_sequence(batch, tokenizer, config.keep, run.device)
+        codes, source, labels = encode_batch(batch, tokenizer, config.keep, run.device)
+        codes, inputs = to_sequence(config, codes, source, config.keep, order.expand(len(codes), -1))
         with run.autocast():
-            logits = gpt(codes, labels, *mergear_inputs(config, codes, source, keep))
+            logits = gpt(codes, labels, **inputs)
         _, bits = code_losses(logits, codes, config.sub_bits)
         sums += torch.cat([sums.new_tensor([codes.numel()]), bits.sum((0, 1))])
     if run.world > 1:
@@ -745,12 +899,12 @@ def evaluate(gpt, dataset, tokenizer, config, run):
     return dict(val_bits=sum(bits), **{f"val_bits_{s}": value for s, value in enumerate(bits)})
 
 
-def draw_samples(gpt, tokenizer, config, path, num=16, cfg=2.0):
+def draw_samples(gpt, tokenizer, config, path, num=20, cfg=2.0):
     """PNG: `num` images, the classes in turn, as generate.py makes them."""
     labels = torch.arange(num) % max(1, config.num_classes)
     codes = sample_codes(gpt, labels, cfg if config.num_classes else 1.0, seed=config.seed)
     names = [config.class_names[n] for n in labels] if config.num_classes else None
-    image_grid(decode_codes(tokenizer, codes).cpu(), path, labels=names)
+    image_grid(decode_codes(gpt, tokenizer, codes).cpu(), path, labels=names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -779,7 +933,7 @@ def main(argv=None):
     config = GPTConfig(**vars(flags), bits=t.bits, length=t.length, num_classes=train_set.num_classes,
                        class_names=tuple(train_set.class_names), keep=t.keep, keeps=tuple(keep_distribution(t)[0]))
     check_config(config)
-    for name in ("mode", "width", "depth", "heads", "head_depth", "window", "num_classes") if state else ():
+    for name in ("mode", "width", "depth", "heads", "head_depth", "window", "order", "num_classes") if state else ():
         if state["config"].get(name) != getattr(config, name):
             raise UserError(f"--resume: the run in {config.out} has {name} {state['config'].get(name)}, this one would have "
                             f"{getattr(config, name)}; pass the flags that it was started with")
@@ -789,7 +943,7 @@ def main(argv=None):
     tokenizer.to(run.device)
     # before the code cache, which may take hours to make
     dry_run("generator", train, config, run, train_set, val_set, train_set, tokenizer, tokenizer_state, Stop(), cache="none")
-    train_images, drawn = train_set, config.mode == "mergear"  # the raster baseline sees the target K only
+    train_images, drawn = train_set, config.mode != "raster"  # the baseline sees the target K only
     if config.cache != "none":
         folder, replace = config.cache or os.path.join(config.out, "codes"), config.overwrite and not config.cache
         train_set = open_codes(os.path.join(folder, "train"), train_set, tokenizer, config, run, config.views, drawn, replace)
@@ -825,13 +979,18 @@ def train(config, run, train_set, val_set, train_images, tokenizer, tokenizer_st
     if config.compile:
         raw_model.compile()
     model = parallel(raw_model, run)
-    stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world,
-                     config.workers if config.cache == "none" else 0)
+    t, drawn = tokenizer.config, config.mode != "raster"
+    if config.cache == "none":
+        stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world, config.workers)
+    else:
+        stream = code_batches(train_set, t, config.batch_size, config.seed, step, drawn, config.accum, run.rank, run.world)
     micro = config.batch_size // (run.world * config.accum)
     if run.main:
         count = sum(p.numel() for p in raw_model.parameters())
         print(f"{config.model}, {config.mode}: {count / 1e6:.2f}M parameters, {config.num_classes} classes, L = {config.length} "
               f"codes of d = {config.bits} bits as sub-tokens of {' + '.join(map(str, config.sub_bits))}")
+        if config.mode == "randar":
+            print(f"K = {config.keep} of {list(config.keeps)} merged codes in {config.order} order")
         if config.mode == "mergear":
             print(f"K = {config.keep} of {list(config.keeps)}, window {config.window}: {2 + config.keep + config.window} rows of "
                   f"KV cache a sample, raster has {config.length}; repeats in training by {config.duplicate}")
@@ -867,8 +1026,8 @@ def train(config, run, train_set, val_set, train_images, tokenizer, tokenizer_st
             break
 
         # one optimizer step
-        lr, t = learning_rate(step, config), tokenizer.config
-        step_keep = sample_keep(t, config.seed, step) if config.mode == "mergear" else t.keep  # only for --cache none
+        lr = learning_rate(step, config)
+        step_keep = sample_keep(t, config.seed, step) if drawn else t.keep  # only for --cache none
         for group in optimizer.param_groups:
             group["lr"] = lr
         # randomness of the whole batch, of which this rank uses its rows; nn.Dropout's alone differs between ranks
@@ -878,12 +1037,15 @@ def train(config, run, train_set, val_set, train_images, tokenizer, tokenizer_st
         raw_model.train()
         logs = {}
         for m in range(config.accum):
-            codes, source, labels, keep = to_sequence(next(stream), tokenizer, step_keep, run.device)
+            *batch, keep = next(stream) if config.cache != "none" else (*next(stream), step_keep)
+            codes, source, labels = encode_batch(batch, tokenizer, keep, run.device)
             rows = slice((m * run.world + run.rank) * micro, (m * run.world + run.rank + 1) * micro)
+            order = draw_orders(config, config.batch_size, keep, seeded(config.seed, step, 7))[rows].to(run.device)
+            codes, inputs = to_sequence(config, codes, source, keep, order)
             labels = labels.masked_fill(unlabelled[rows].to(run.device), raw_model.null_class)
             with no_sync(m < config.accum - 1, model):
                 with run.autocast():
-                    logits = model(codes, labels, *mergear_inputs(config, codes, source, keep), dropped[rows].to(run.device))
+                    logits = model(codes, labels, **inputs, dropped=dropped[rows, :codes.shape[1]].to(run.device))
                 loss, bits = code_losses(logits, codes, config.sub_bits, config.label_smoothing)
                 (loss.mean() / config.accum).backward()
             bits = bits.mean((0, 1))

@@ -1,20 +1,27 @@
-"""Source recovery (paper Eq. 8-9): guess the merge map from the merged tokens alone, and see what the guess costs.
+"""Source recovery (paper Eq. 8-9), fine-tuned on what a generator produces: where does each merged token belong?
 
-    python recovery.py                                       # out/tokenizer/ckpt.pt on its own validation images
-    python recovery.py --keep 25,36,49 --num 200             # several K, the first 200 images
-    python recovery.py --ckpt out/g/ckpt.pt --data data/imagenet --batch-size 64 --dtype bfloat16        # one GPU
+    python recovery.py                                       # for out/randar/ckpt.pt, two CPU cores
+    python recovery.py --generator out/l/ckpt.pt --batch-size 256 --max-steps 0 --epochs 5       # the paper's, one GPU
+    torchrun --nproc_per_node=8 recovery.py --generator out/l/ckpt.pt --batch-size 256 --max-steps 0 --epochs 5
+    python recovery.py --resume                              # go on where the run in --out stopped
 
 The tokenizer turns an image into K codes and `source`, which says for each of the L positions which code stands there.
-A generator that draws only the codes has no source, so tokenizer.py trains a small network beside it that predicts
-one. This script measures that network on validation images: how often it names the right token, and how good the
-reconstruction is with the predicted source in place of the true one (the paper's Table 5 asks the same with rFID).
+A RandAR generator draws only the codes; the small network that tokenizer.py trains beside itself predicts their source.
+That network has only seen codes of real images. Here it is trained on, on the generator's: each code of a real image
+is drawn anew from what the generator predicts for it given the true codes before it (teacher forcing), so the
+true source is still known. Nothing but this network is trained. generate.py finds OUT/ckpt.pt and uses it.
+
+Reported before and after, on validation images: how often it names the right token, and how good the reconstruction
+is with the predicted source in place of the true one (the paper's Table 5 asks the same with rFID; eval.py ablate-source).
 Two guesses that never look at the codes stand beside it, because half of the answer can be had for nothing.
 
-Writes OUT/recovery.json and OUT/recovery.png. The flags, the pictures of merge maps and the record that goes beside
-every measured number are defined here, and eval.py imports them.
+Writes OUT/ckpt.pt, metrics.jsonl, recovery.json and recovery.png. The flags, the pictures of merge maps and the record
+that goes beside every measured number are defined here too, and eval.py imports them.
 """
 
 import argparse
+import copy
+import dataclasses
 import json
 import math
 import os
@@ -23,12 +30,19 @@ import sys
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data import UserError, build_dataset, image_grid, run_main
-from tokenizer import Parser, Run, load_tokenizer, loader_workers, merge_schedule, pick_device, psnr, weights_hash
+from mergear import code_batches, draw, draw_orders, join_codes, load_generator, open_codes
+from tokenizer import (Run, RunConfig, Stop, adamw, any_rank, append_metrics, arg, check_bad, check_batch, check_trained,
+                       codes_to_bits, disk_may_fail, dry_run, learning_rate, load_checkpoint, load_tokenizer, loader_workers,
+                       mean_over_ranks, merge_schedule, no_sync, parallel, parse_config, pick_device, plot_curves, prepare_out,
+                       psnr, reading, resume_command, save_checkpoint, seeded, start_run, trim_metrics, weights_hash,
+                       zero_rounding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,20 +170,24 @@ def source_accuracy(predicted, source):
 
 
 @torch.no_grad()
-def measure(model, dataset, keep, args, run):
-    """Accuracy and PSNR with each way to get a source: {"true" | "predicted" | ...: dict(accuracy, psnr)}."""
-    codes, source, predicted = [], [], []
+def measure(model, dataset, args, run, keep, recoveries):
+    """Accuracy and PSNR on the first --num images with each way to get a source: {name: dict(accuracy, psnr)}.
+
+    recoveries: {name: SourceRecovery}. Beside them the true source, and two guesses that do not look at the codes.
+    """
+    codes, source, predicted = [], [], {name: [] for name in recoveries}
     for images, _ in val_batches(dataset, args.num, args, f"K = {keep}: encode"):
         with run.autocast():
             encoded = model.encode(images.to(run.device), keep)
-            predicted.append(model.recover(encoded.codes).cpu())
+            for name, recovery in recoveries.items():
+                predicted[name].append(recover(recovery, encoded.codes, model.config.bits).cpu())
         codes.append(encoded.codes.cpu())
         source.append(encoded.source.cpu())
-    codes, source, predicted = torch.cat(codes), torch.cat(source), torch.cat(predicted)     # (N,K), (N,L), (N,L)
+    codes, source = torch.cat(codes), torch.cat(source)                        # (N,K), (N,L)
     L = source.shape[1]
     sources = {
         "true": source,
-        "predicted": predicted,
+        **{name: torch.cat(parts) for name, parts in predicted.items()},       # (N,L) each
         "best constant": source.mode(0).values.expand_as(source),     # the commonest token of each position, on these images
         "even spread": (torch.arange(L) * keep // L).expand_as(source),
     }
@@ -184,43 +202,211 @@ def measure(model, dataset, keep, args, run):
     results = {name: dict(accuracy=source_accuracy(guess, source), psnr=total[name] / len(source))
                for name, guess in sources.items()}
     if not all(math.isfinite(row["psnr"]) for row in results.values()):
-        raise UserError(f"PSNR at K = {keep} is not finite ({results}): the weights of {args.ckpt} may be damaged")
+        raise UserError(f"PSNR at K = {keep} is not finite ({results}): the weights may be damaged")
     return results
 
 
 @torch.no_grad()
-def draw(model, images, keep, run, path):
-    """PNG: image, true map, predicted map, and the reconstruction from each; one column an image."""
+def draw_maps(model, images, keep, run, path, recoveries):
+    """PNG: image, true map, each recovery's map, and the reconstruction from each; one column an image."""
     with run.autocast():
         encoded = model.encode(images.to(run.device), keep)
-        predicted = model.recover(encoded.codes)
-        decoded = [model.decode(encoded.codes, source).cpu() for source in (encoded.source, predicted)]
+        sources = {"true": encoded.source,
+                   **{name: recover(recovery, encoded.codes, model.config.bits) for name, recovery in recoveries.items()}}
+        decoded = {name: model.decode(encoded.codes, source).cpu() for name, source in sources.items()}
     scale = map_scale(images.shape[-1])
-    maps = [merge_map(images, source.cpu(), scale) for source in (encoded.source, predicted)]
-    rows = [enlarge(images, scale), *maps, *(enlarge(image, scale) for image in decoded)]
-    image_grid(rows, path, scale=1, row_titles=["image", f"true map, K = {keep}", "predicted map", "from true", "from predicted"])
+    rows, titles = [enlarge(images, scale)], ["image"]
+    for name, source in sources.items():
+        rows += [merge_map(images, source.cpu(), scale), enlarge(decoded[name], scale)]
+        titles += [f"{name}: map", "its image"]
+    image_grid(rows, path, scale=1, row_titles=titles)
+
+
+def recover(recovery, codes, bits):
+    """codes (B,K) -> source (B,L), the most likely token of each position."""
+    return recovery(codes_to_bits(codes, bits)).argmax(-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fine-tuning
+
+@dataclasses.dataclass
+class RecoveryConfig(RunConfig):
+    """Defaults suit the tiny generator; the paper's are in the second command above."""
+    generator: str = arg("out/randar/ckpt.pt", "checkpoint of mergear.py --mode randar; the tokenizer is in it")
+    data: str = arg("", "data to train on; empty: what the generator was trained on")
+    out: str = arg("out/recovery", "folder for checkpoint, metrics and pictures")
+    cache: str = arg("", "folder of the code cache; empty: the generator's, codes/ beside its checkpoint")
+    batch_size: int = arg(64, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
+    max_steps: int = arg(600, "optimizer steps; 0: as many as --epochs makes", low=0)
+    epochs: int = arg(5, "passes over the data, when --max-steps is 0", low=1)
+    lr: float = arg(1e-3, "peak learning rate", low=0.0)
+    lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
+                           choices=("step", "cosine", "constant"))
+    warmup: int = arg(50, "linear warm-up steps", low=0)
+    weight_decay: float = arg(1e-2, "AdamW weight decay of matrices (Table A2)", low=0.0)
+    clip: float = arg(1.0, "gradient norm is clipped to this", low=1e-9)
+    drawn: float = arg(0.5, "share of the images whose codes are drawn from the generator; the others keep their own", low=0.0, high=1.0)
+    keep: int = arg(0, "K of the measurements; 0: the tokenizer's target", low=0)
+    save_every: int = arg(300, "steps between checkpoints", low=1)
+
+
+@torch.no_grad()
+def teacher_forced(gpt, codes, labels, keep, order, generator):
+    """Codes that the generator would draw in place of each true one, given the true ones before it: (B,K) -> (B,K).
+    codes and result by rank; order (B,K) of mergear.py; randomness from a CPU generator."""
+    c = gpt.config
+    logits = gpt(codes.gather(1, order), labels, torch.full_like(labels, keep), order=order)
+    subs = []
+    for part in logits:                                                        # (B,K,2^n) each
+        u = torch.rand(part.shape[:2], dtype=torch.float64, generator=generator)
+        subs.append(draw(part.flatten(0, 1), u.flatten().to(part.device)).view(codes.shape))
+    return torch.empty_like(codes).scatter_(1, order, join_codes(torch.stack(subs, -1), c.sub_bits))
+
+
+def load_recovery(path, tokenizer):
+    """Put the fine-tuned recovery of a checkpoint of this script into the tokenizer. path "none": leave it; "auto":
+    out/recovery/ckpt.pt, if it is there and was made for this tokenizer. Raises UserError when a named one does not fit."""
+    found = "out/recovery/ckpt.pt" if path == "auto" else path
+    if path == "none" or path == "auto" and not os.path.exists(found):
+        return
+    state = load_checkpoint(found, "recovery")
+    if state.get("tokenizer") != weights_hash(tokenizer.state_dict()):
+        if path == "auto":
+            print(f"{found} was made for another tokenizer: not used")
+            return
+        raise UserError(f"--recovery {path} was made for another tokenizer: pass the generator's, or none")
+    with reading(found):
+        tokenizer.recovery.load_state_dict(state["model"])
+    print(f"source recovery from {found}")
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(description=__doc__)
-    common_flags(parser, "out/tokenizer/ckpt.pt", "out/recovery", 0)
-    parser.add_argument("--keep", type=numbers(int, 1), help="values of K to measure (default: the checkpoint's target)")
-    args = parser.parse_args(argv)
-    model, dataset, run = open_tokenizer(args)
-    keeps = args.keep or [model.config.keep]
-    print(f"{args.ckpt} on {args.num} val images of {args.data}, L = {model.config.length}, {run.dtype} on {run.device}")
-    print(f"{'K':>5}  {'source':<14} {'accuracy':>8} {'PSNR':>8}")
-    results = []
-    for keep in keeps:
-        for name, row in measure(model, dataset, keep, args, run).items():
-            print(f"{keep:5}  {name:<14} {row['accuracy']:8.2%} {row['psnr']:8.2f}")
-            results.append(dict(keep=keep, source=name, **row))
-    picture = os.path.join(args.out, "recovery.png")
-    draw(model, pick_images(dataset, 8, args.seed), keeps[0], run, picture)
-    write_results(os.path.join(args.out, "recovery.json"), "recovery.py", argv, args, run, size=model.config.size,
-                  tokenizer=weights_hash(model.state_dict()), weights="ema", results=results)
-    print(f"wrote {args.out}/recovery.json and {picture}")
+    config = parse_config(RecoveryConfig, __doc__, argv=argv)
+    gpt, tokenizer = load_generator(config.generator)
+    if gpt.config.mode != "randar":
+        raise UserError(f"--generator {config.generator} is a {gpt.config.mode} model, which needs no source recovery: pass one of "
+                        "mergear.py --mode randar")
+    t = tokenizer.config
+    config.data, config.keep = config.data or gpt.config.data, config.keep or t.keep
+    if config.keep not in gpt.config.keeps:
+        raise UserError(f"--keep {config.keep} is not one of the generator's: {', '.join(map(str, gpt.config.keeps))}")
+    train_set = build_dataset(config.data, "train", t.size, train=True, seed=config.seed)
+    val_set = build_dataset(config.data, "val", t.size, train=False)
+    config.max_steps = config.max_steps or max(1, config.epochs * len(train_set) // config.batch_size)
+    config.workers = loader_workers(config)
+    run = start_run(config)
+    check_batch(config, run)
+    resume_from = prepare_out(config, run)
+    gpt, tokenizer = gpt.to(run.device), tokenizer.to(run.device)
+    cache = config.cache or os.path.join(os.path.dirname(config.generator), "codes")
+    codes_set = open_codes(os.path.join(cache, "train"), train_set, tokenizer, config, run, gpt.config.views, True)
+    dry_run("recovery", train, config, run, codes_set, gpt, tokenizer, Stop())
+    with Stop() as stop:
+        step, trained = train(config, run, codes_set, gpt, tokenizer, stop, resume_from)
+    if run.main and step < config.max_steps:
+        print(f"stopped and saved at step {step}; to go on: {resume_command('recovery.py', argv, run.world)}")
+    elif run.main:
+        recoveries = {"before": tokenizer.recovery, "after": trained.eval()}
+        args = argparse.Namespace(**vars(config), num=min(config.eval_num, len(val_set)), ckpt=config.generator)
+        results = measure(tokenizer, val_set, args, run, config.keep, recoveries)
+        print(f"{args.num} val images, K = {config.keep}\n{'source':<14} {'accuracy':>8} {'PSNR':>8}")
+        for name, row in results.items():
+            print(f"{name:<14} {row['accuracy']:8.2%} {row['psnr']:8.2f}")
+        draw_maps(tokenizer, pick_images(val_set, 8, config.seed), config.keep, run, os.path.join(config.out, "recovery.png"),
+                  recoveries)
+        write_results(os.path.join(config.out, "recovery.json"), "recovery.py", argv, args, run, keep=config.keep,
+                      tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), results=results)
+        plot_curves(os.path.join(config.out, "metrics.jsonl"), os.path.join(config.out, "curves.png"),
+                    ("loss", "accuracy", "codes_kept"))
+        print(f"done: {config.out}/ckpt.pt, recovery.png, recovery.json; next: python generate.py --ckpt {config.generator}")
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+def train(config, run, codes_set, gpt, tokenizer, stop, resume_from=None):
+    """Fine-tune a copy of tokenizer.recovery until --max-steps or stop.asked. Returns (step reached, the copy)."""
+    t = tokenizer.config
+    raw_model = copy.deepcopy(tokenizer.recovery).train().requires_grad_(True)
+    optimizer = adamw(raw_model.named_parameters(), config, (0.9, 0.95), config.weight_decay, run.device)
+    step, skipped = 0, 0
+    if resume_from:
+        state = load_checkpoint(resume_from, "recovery", run.device)
+        if state.get("tokenizer") != weights_hash(tokenizer.state_dict()):
+            raise UserError(f"--resume: {resume_from} was made for another tokenizer; pass the --generator of that run")
+        with reading(f"--resume: {resume_from}"):
+            raw_model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, skipped = state["step"], state["skipped"]
+    model = parallel(raw_model, run)
+    stream = code_batches(codes_set, t, config.batch_size, config.seed, step, True, config.accum, run.rank, run.world)
+    micro = config.batch_size // (run.world * config.accum)
+    if run.main:
+        print(f"source recovery: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; {len(codes_set)} images of "
+              f"{config.data}, {config.max_steps} steps of {config.batch_size}")
+
+    ckpt_path, metrics_path = (os.path.join(config.out, name) for name in ("ckpt.pt", "metrics.jsonl"))
+    hashes = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()))
+    if run.main:
+        trim_metrics(metrics_path, step)
+    bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
+    unsaved, stopping, streak = False, False, 0
+    while True:
+        last = step == config.max_steps
+        if last or stopping or step > 0 and step % config.save_every == 0 or unsaved and step % config.log_every == 0:
+            unsaved = True  # until it is done: then it is tried again with the next line of the log
+            with disk_may_fail(must=last or stopping):
+                if run.main:
+                    save_checkpoint(ckpt_path, "recovery", config.keep_last, step=step, skipped=skipped,
+                                    config=dataclasses.asdict(config), model=raw_model.state_dict(),
+                                    optimizer=optimizer.state_dict(), **hashes)
+                unsaved = False
+        if last or stopping:
+            break
+
+        lr, logs = learning_rate(step, config), {}
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        # randomness of the whole batch, of which this rank uses its rows
+        replaced = torch.rand(config.batch_size, generator=seeded(config.seed, step, 1)) < config.drawn
+        for m in range(config.accum):
+            *batch, keep = next(stream)
+            codes, source, labels = (x.to(run.device) for x in batch)
+            first = (m * run.world + run.rank) * micro
+            orders = draw_orders(gpt.config, config.batch_size, keep, seeded(config.seed, step, 2))[first:first + micro]
+            with run.autocast():
+                own = torch.zeros(micro, keep, dtype=torch.long, device=run.device).scatter_(1, source, codes)    # (B,K)
+                drawn = teacher_forced(gpt, own, labels, keep, orders.to(run.device), seeded(config.seed, step, first, 3))
+                codes = torch.where(replaced[first:first + micro, None].to(run.device), drawn, own)
+                with no_sync(m < config.accum - 1, model):
+                    logits = model(codes_to_bits(codes, t.bits)).float()                                          # (B,L,K)
+                    loss = F.cross_entropy(logits.flatten(0, 1), source.flatten())
+                    (loss / config.accum).backward()
+            values = dict(loss=loss, accuracy=(logits.argmax(-1) == source).float().mean(), codes_kept=(drawn == own).float().mean())
+            for name, value in values.items():
+                logs[name] = logs.get(name, 0.0) + value.detach() / config.accum
+        if step == 0:
+            check_trained(raw_model.named_parameters(), optimizer)
+        zero_rounding(raw_model)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
+        bad, stopping = any_rank(run, ~torch.isfinite(norm + sum(logs.values())), stop.asked)
+        if not bad:
+            streak = 0
+            optimizer.step()
+        else:  # a bad step changes nothing
+            skipped, streak = skipped + 1, streak + 1
+            check_bad(streak, step, config)
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        bar.update(1)
+        if step % config.log_every == 0 or step == config.max_steps:
+            logs = {name: mean_over_ranks(value).item() for name, value in logs.items()}
+            if run.main:
+                append_metrics(metrics_path, step=step, **logs, grad_norm=norm, lr=lr, keep=keep, skipped=skipped)
+                bar.set_postfix(loss=f"{logs['loss']:.3f}", accuracy=f"{logs['accuracy']:.3f}", skipped=skipped)
+    bar.close()
+    return step, raw_model
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class RunConfig:
     compile: bool = arg(False, "torch.compile the parts of static shape")
 
 
-def parse_config(config_class, doc, presets, flag, argv=None):
+def parse_config(config_class, doc, presets=None, flag="", argv=None):
     """Flags from a config dataclass. `presets[name]` (chosen by --flag) replaces defaults; a typed flag beats both.
 
     Raises UserError (one line, exit code 2) on an unknown flag or a value out of range.
@@ -105,13 +105,15 @@ def parse_config(config_class, doc, presets, flag, argv=None):
                 parser.add_argument(name, type=f.type, default=default, choices=meta["choices"], help=text)
         return parser
 
-    first = Parser(add_help=False)
-    default = next(f.default for f in dataclasses.fields(config_class) if f.name == flag)
-    first.add_argument("--" + flag, default=default)
-    name = getattr(first.parse_known_args(argv)[0], flag)
-    if name not in presets:
-        raise UserError(f"--{flag} {name} is not one of {', '.join(presets)}")
-    config = config_class(**vars(build(presets[name]).parse_args(argv)))
+    defaults = {}
+    if presets:
+        first = Parser(add_help=False)
+        first.add_argument("--" + flag, default=next(f.default for f in dataclasses.fields(config_class) if f.name == flag))
+        name = getattr(first.parse_known_args(argv)[0], flag)
+        if name not in presets:
+            raise UserError(f"--{flag} {name} is not one of {', '.join(presets)}")
+        defaults = presets[name]
+    config = config_class(**vars(build(defaults).parse_args(argv)))
     check_ranges(config)
     return config
 
@@ -544,7 +546,7 @@ class TokenizerConfig(RunConfig):
     keeps: tuple = arg((16, 25, 36, 49, 64), "values of K drawn in training", low=1)
     keep_sampling: str = arg("exponential", "how K is drawn (A.3): exponential, gaussian, or fixed at --keep",
                              choices=("exponential", "gaussian", "fixed"))
-    bits: int = arg(12, "code bits d; the vocabulary has 2^d codes", low=1, high=24)
+    bits: int = arg(9, "code bits d; the vocabulary has 2^d codes", low=1, high=24)
     bit_norm: bool = arg(True, "batch-normalise each bit before the sign, which prevents codebook collapse")
     tau: float = arg(1.0, "temperature of the entropy's soft assignment", low=1e-3)
     recovery_width: int = arg(96, "source recovery width", low=8, high=32768)
@@ -559,7 +561,7 @@ class TokenizerConfig(RunConfig):
     w_disc: float = arg(0.1, "weight of the adversarial loss, times the adaptive weight", low=0.0)
     w_lecam: float = arg(0.01, "weight of LeCam regularisation of the discriminator", low=0.0)
     w_commit: float = arg(0.25, "weight of the commitment loss", low=0.0)
-    w_entropy: float = arg(0.1, "weight of the LFQ entropy loss", low=0.0)
+    w_entropy: float = arg(0.025, "weight of the LFQ entropy loss", low=0.0)
     w_recovery: float = arg(0.02, "weight of source recovery", low=0.0)
     w_align: float = arg(0.1, "weight of global alignment", low=0.0)
     disc_start: int = arg(4000, "step at which the discriminator starts; tiny: after its default run", low=0)
@@ -568,14 +570,14 @@ class TokenizerConfig(RunConfig):
     disc_layers: int = arg(2, "strided layers of the PatchGAN", low=1, high=10)
     # optimisation
     batch_size: int = arg(8, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
-    max_steps: int = arg(3300, "optimizer steps; 0: as many as --epochs makes", low=0)
+    max_steps: int = arg(2700, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(2, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(2e-3, "peak learning rate", low=0.0)
     lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
                            choices=("step", "cosine", "constant"))
     warmup: int = arg(50, "linear warm-up steps", low=0)
-    eval_every: int = arg(1100, "steps between evaluations with pictures", low=1)
-    save_every: int = arg(550, "steps between checkpoints", low=1)
+    eval_every: int = arg(900, "steps between evaluations with pictures", low=1)
+    save_every: int = arg(450, "steps between checkpoints", low=1)
     beta1: float = arg(0.9, "AdamW beta 1", low=0.0, high=0.9999)
     beta2: float = arg(0.95, "AdamW beta 2", low=0.0, high=0.99999)
     clip: float = arg(5.0, "gradient norm is clipped to this", low=1e-9)
@@ -598,7 +600,7 @@ class TokenizerConfig(RunConfig):
 PAPER = dict(data="data/imagenet", size=256, base=64, res_blocks=4, norm_groups=32, width=512, depth=12, heads=8,
              dec_width=512, dec_depth=12, dec_heads=8, layer_scale=1e-5, bits=18, recovery_width=384, recovery_heads=8,
              w_rec=1.0, w_perceptual=0.7, w_disc=0.8, w_recovery=0.5, align_dim=4096,
-             disc_start=20_000, disc_ramp=5_000, disc_base=64, disc_layers=3, batch_size=256, max_steps=0, epochs=270,
+             disc_start=20_000, disc_ramp=5_000, disc_base=64, disc_layers=3, w_entropy=0.1, batch_size=256, max_steps=0, epochs=270,
              lr=1e-4, lr_schedule="step", warmup=1000, beta1=0.5, beta2=0.9, eval_every=5000, save_every=5000)
 
 VARIANTS = {  # encoder + decoder parameters, without recovery and heads
@@ -1071,18 +1073,18 @@ class MergeVQ(nn.Module):
         return Forward(images, e, self.recovery(q).float(), align)
 
 
-    def zero_rounding(self):
-        """Set gradients to 0 that are 0 but for rounding: what is added to all keys alike cancels in the softmax, what is
-        added to a bit of all tokens in BitNorm. AdamW scales any gradient to steps of full size, noise too, and the keys
-        decide what merges."""
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.qkv.bias.grad.view(3, -1)[1] = 0                                    # of query, key and value
-            elif isinstance(module, nn.MultiheadAttention):
-                module.in_proj_bias.grad.view(3, -1)[1] = 0
-        self.recovery.keys.bias.grad.zero_()
-        if self.config.bit_norm:
-            self.encoder.to_bits.bias.grad.zero_()
+def zero_rounding(model):
+    """Set gradients to 0 that are 0 but for rounding: what is added to all keys alike cancels in the softmax, what is added
+    to a bit of all tokens in BitNorm. AdamW scales any gradient to steps of full size, noise too, and keys decide what merges."""
+    for m in model.modules():
+        if isinstance(m, Attention):
+            m.qkv.bias.grad.view(3, -1)[1] = 0                                             # of query, key and value
+        elif isinstance(m, nn.MultiheadAttention):
+            m.in_proj_bias.grad.view(3, -1)[1] = 0
+        elif isinstance(m, SourceRecovery):
+            m.keys.bias.grad.zero_()
+        elif isinstance(m, MergeVQ) and m.config.bit_norm:
+            m.encoder.to_bits.bias.grad.zero_()
 
 
 class Discriminator(nn.Module):
@@ -1453,7 +1455,7 @@ def train(config, run, train_set, val_set, stop, resume_from=None):
             check_trained(raw_model.named_parameters(), optimizer)
             if gan_on:
                 check_trained(discriminator.named_parameters(), disc_optimizer)
-        raw_model.zero_rounding()
+        zero_rounding(raw_model)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
         disc_norm = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip) if gan_on else norm
         bad, stopping = any_rank(run, ~torch.isfinite(norm + disc_norm + sum(logs.values())), stop.asked)

@@ -22,6 +22,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import mergear
+import recovery
 import tokenizer
 
 # 8 px, L = 16: a step takes milliseconds
@@ -30,6 +31,7 @@ TOKENIZER = dict(size=8, base=8, mult="1,2", norm_groups=4, width=16, dec_width=
                  disc_base=4, disc_layers=1, disc_start=5, disc_ramp=2, eval_every=7, eval_num=4, batch_size=4,
                  lr_schedule="cosine", warmup=2)
 MERGEAR = dict(width=16, heads=2, depth=1, batch_size=8, warmup=2, eval_every=11, eval_num=4, token_dropout=0.2, dropout=0.1)
+RECOVERY = dict(batch_size=8, warmup=2, eval_num=4)
 
 
 def write_images(folder, size=8):
@@ -158,18 +160,20 @@ def main():
     parser.add_argument("--folder", help="default: a new temporary folder")
     args = parser.parse_args()
     folder, dice = args.folder or tempfile.mkdtemp(), random.Random(args.seed)
-    for name in ("tok", "gpt"):
+    for name in ("tok", "gpt", "rec"):
         os.makedirs(os.path.join(folder, name))
-    images, share = os.path.join(folder, "images"), (args.kills + 1) // 2
+    images, share, steps = os.path.join(folder, "images"), max(1, args.kills // 3), args.max_steps
     write_images(images)
-    hits = torment(tokenizer.main, TOKENIZER, os.path.join(folder, "tok"), share, dice, max_steps=args.max_steps,
-                   data=images)
-    print(f"tokenizer.py: {hits['anywhere']} kills anywhere and {hits['write']} during a write: same run", flush=True)
-    if args.kills > share:
-        trained = os.path.join(folder, "tok/reference/ckpt.pt")
-        hits = torment(mergear.main, MERGEAR, os.path.join(folder, "gpt"), args.kills - share, dice, max_steps=args.max_steps,
-                       tokenizer=trained)
-        print(f"mergear.py: {hits['anywhere']} kills anywhere and {hits['write']} during a write: same run")
+    trained = dict(tokenizer=os.path.join(folder, "tok/reference/ckpt.pt"))
+    generator = os.path.join(folder, "randar")
+    for script, settings, place, kills, changes in (
+            (tokenizer, TOKENIZER, "tok", share, dict(data=images)),
+            (mergear, MERGEAR, "gpt", share, trained),
+            (recovery, RECOVERY, "rec", args.kills - 2 * share, dict(generator=generator + "/ckpt.pt"))):
+        if script is recovery:
+            assert finish(start(mergear.main, command(MERGEAR, generator, **trained, mode="randar", max_steps=2))) == 0
+        hits = torment(script.main, settings, os.path.join(folder, place), kills, dice, max_steps=steps, **changes)
+        print(f"{script.__name__}.py: {hits['anywhere']} kills anywhere, {hits['write']} during a write: same run", flush=True)
 
 
 if __name__ == "__main__":

@@ -282,23 +282,6 @@ def test_maps_writes_a_picture(checkpoint, tmp_path):
     assert len(np.unique(np.asarray(picture))) > 10
 
 
-def test_recovery_writes_what_it_says(checkpoint, tmp_path, capsys):
-    """The predicted source measured with the true one's codes shifted by a batch, or accuracy and PSNR of another guess."""
-    rows = []
-    for batch_size in (12, 5):
-        recovery.main(["--ckpt", checkpoint, "--num", "12", "--keep", "25,64", "--device", "cpu", "--out", str(tmp_path),
-                       "--batch-size", str(batch_size)])
-        rows.append({(r["keep"], r["source"]): r for r in read_json(tmp_path, "recovery.json")["results"]})
-        assert f"{rows[-1][25, 'predicted']['psnr']:.2f}" in capsys.readouterr().out
-    for key, row in rows[0].items():
-        for name in ("accuracy", "psnr"):
-            assert rows[1][key][name] == pytest.approx(row[name], rel=1e-4), key
-    assert rows[0][25, "true"]["accuracy"] == rows[0][64, "even spread"]["accuracy"] == 1.0
-    assert rows[0][64, "even spread"]["psnr"] == rows[0][64, "true"]["psnr"], "K = L: the spread is the true source"
-    assert 0 <= rows[0][25, "predicted"]["accuracy"] < 1
-    assert Image.open(tmp_path / "recovery.png").height >= 5 * 128
-
-
 def test_classifier_learns_and_loads(tmp_path, capsys):
     """A checkpoint that lacks the class names, a load that leaves it in training mode, labels shifted by one."""
     out = str(tmp_path / "classifier")

@@ -311,7 +311,129 @@ def test_compact_cache_under_autocast():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# randar
+
+def some_orders(batch, keep, seed=0):
+    return torch.rand(batch, keep, generator=torch.Generator().manual_seed(seed)).argsort(1)
+
+
+def randar_logits(gpt, codes, labels, order):
+    """forward() of a randar model: sub-token 0, for codes and ranks in the order of the sequence."""
+    return gpt(codes, labels, torch.full_like(labels, codes.shape[1]), order=order)[0]
+
+
+@pytest.mark.parametrize("counts", [(1,) * 4, (1, 1, 2), (4,), (2, 1, 1)])
+def test_parallel_steps_equal_the_full_forward(counts):
+    """Catches wrong rows, rotary ranks or masks in the cache: n codes asked for at once each see all codes before them, as
+    if it were their turn, and not the other n - 1. One at a time is then exactly the model that was trained."""
+    gpt, labels, order = small_gpt(mode="randar"), torch.arange(6) % 3, some_orders(6, 4)
+    codes = torch.randint(16, (6, 4), generator=torch.Generator().manual_seed(1))
+    cache = gpt.new_cache(6, 4)
+    gpt.prefill(labels, torch.full_like(labels, 4), cache)
+    old, known = 0, 0
+    for n in counts:
+        h = gpt.advance_pairs(codes[:, old:known], order[:, old:known + n], old, cache)
+        logits = gpt.head(h, codes.new_empty(6, n, 0))[0]                                  # (6,n,V)
+        for j in range(n):  # the sequence in which code `known + j` comes next
+            after = [known + j] + [i for i in range(4) if i >= known and i != known + j]
+            turn = torch.tensor(list(range(known)) + after)
+            full = randar_logits(gpt, codes[:, turn], labels, order[:, turn])
+            assert torch.allclose(logits[:, j], full[:, known], atol=1e-4), (counts, known, j)
+        old, known = known, known + n
+    assert known == 4
+
+
+def test_randar_looks_back_only():
+    """Catches a leak: the logits of a code must not depend on itself or on later codes, and must on its own rank."""
+    gpt, labels, order = small_gpt(mode="randar"), torch.arange(6) % 3, some_orders(6, 4)
+    codes = torch.randint(16, (6, 4), generator=torch.Generator().manual_seed(1))
+    before = randar_logits(gpt, codes, labels, order)
+    changed = codes.clone()
+    changed[:, 2] = (changed[:, 2] + 5) % 16
+    after = randar_logits(gpt, changed, labels, order)
+    assert torch.equal(before[:, :3], after[:, :3]) and not torch.allclose(before[:, 3], after[:, 3], atol=1e-2)
+    swapped = order[:, [0, 1, 3, 2]]
+    assert not torch.allclose(before[:, 2], randar_logits(gpt, codes, labels, swapped)[:, 2], atol=1e-2)
+
+
+def test_identity_order_is_raster_order():
+    """Catches a permutation applied to codes but not to ranks, or undone wrongly: with the identity, the random model's
+    sequence, logits and samples are those of --order raster."""
+    source = torch.tensor([[0, 1, 0, 2], [0, 1, 2, 2]]).repeat_interleave(4, dim=1)         # (2,16)
+    codes = torch.tensor([[5, 3, 9], [7, 7, 1]])
+    full = codes.gather(1, source)
+    random, raster = (GPTConfig(mode="randar", order=o, length=16) for o in ("random", "raster"))
+    identity = mergear.draw_orders(raster, 2, 3, torch.Generator())
+    assert identity.tolist() == [[0, 1, 2]] * 2
+    a, b = (mergear.to_sequence(config, full, source, 3, identity) for config in (random, raster))
+    assert torch.equal(a[0], codes) and torch.equal(a[0], b[0]) and torch.equal(a[1]["order"], b[1]["order"])
+    order = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    sequence, inputs = mergear.to_sequence(random, full, source, 3, order)
+    assert sequence.tolist() == [[9, 5, 3], [7, 1, 7]] and torch.equal(inputs["order"], order)
+    drawn = mergear.draw_orders(random, 500, 3, torch.Generator().manual_seed(0))
+    assert len({tuple(row) for row in drawn.tolist()}) == 6 and drawn.sort(1).values.unique(dim=0).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("order", ["random", "raster"])
+def test_parallel_with_one_code_a_step_is_sequential(order):
+    """Catches a parallel decoder that is not the model: with K steps, the most likely code of every position given those
+    drawn before must be what the full forward says; and few steps give other samples."""
+    gpt, labels = small_gpt(mode="randar", order=order), torch.arange(16) % 3
+    codes = sample_codes(gpt, labels, temperature=0, steps=4, seed=3)
+    ranks = torch.cat([sample_order(gpt.config, 3, i) for i in range(16)])
+    sequence = codes.gather(1, ranks)
+    assert torch.equal(randar_logits(gpt, sequence, labels, ranks).argmax(-1), sequence)
+    assert not torch.equal(codes, sample_codes(gpt, labels, temperature=0, steps=1, seed=3))
+    assert codes.shape == (16, 4) and sample_codes(gpt, labels, keep=16).shape == (16, 16)
+
+
+def sample_order(config, seed, i):
+    """The order that sample_codes draws for sample i: after its uniform numbers."""
+    generator = mergear.seeded(seed, i)
+    torch.rand(config.length, len(config.sub_bits), dtype=torch.float64, generator=generator)
+    return mergear.draw_orders(config, 1, config.keep, generator)
+
+
+def test_arccos_steps():
+    """Catches a schedule that loses or repeats codes, or has idle steps; and the paper's 64 of 144 and 88 of 256."""
+    for keep in (1, 2, 7, 36, 144, 256):
+        for steps in range(1, keep + 1):
+            counts = mergear.arccos_steps(keep, steps)
+            assert len(counts) == steps and sum(counts) == keep and min(counts) >= 1, (keep, steps)
+        assert mergear.arccos_steps(keep, keep) == [1] * keep
+    assert len(mergear.arccos_steps(144)) == 64 and len(mergear.arccos_steps(256)) == 88
+    assert mergear.arccos_steps(256)[0] <= 2 < mergear.arccos_steps(256)[-1]  # slow at first, fast at the end
+
+
+def test_linear_guidance_grows():
+    """Catches a schedule that starts at full scale: with it the first code is nearly the conditional model's."""
+    seen, formula = [], mergear.guide
+    gpt = small_gpt(mode="randar")
+    try:
+        mergear.guide = lambda logits, scale: seen.append(scale) or formula(logits, scale)
+        sample_codes(gpt, torch.zeros(2, dtype=torch.long), cfg=3.0, steps=4, cfg_schedule="linear")
+        assert seen == [1.5, 2.0, 2.5, 3.0]
+        seen.clear()
+        sample_codes(gpt, torch.zeros(2, dtype=torch.long), cfg=3.0, steps=2)
+        assert seen == [3.0, 3.0]
+    finally:
+        mergear.guide = formula
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # sampling
+
+def test_sub_tokens_one_at_a_time():
+    """Catches a sub-token that does not see the earlier rows of its own code, or sees another's: next_sub is head()."""
+    gpt = small_gpt(bits=14, head_depth=2)
+    h, codes = torch.randn(5, 3, 32), torch.randint(2 ** 14, (5, 3))
+    subs = split_codes(codes, gpt.config.sub_bits)
+    full, past, x = gpt.head(h, subs[..., :-1]), [], h
+    for s, logits in enumerate(full):
+        one, past = gpt.next_sub(x, s, past)
+        assert torch.allclose(one, logits, atol=1e-5)
+        x = gpt.sub_embed[s](subs[..., s])
+
 
 def test_cfg_formula():
     """Catches the two guidance conventions mixed up: s = 1 is the conditional model, s = 0 the unconditional one."""
@@ -319,7 +441,7 @@ def test_cfg_formula():
     cond, uncond = logits[:3], logits[3:]
     assert torch.allclose(guide(logits, 3.0), uncond + 3 * (cond - uncond))
     assert torch.allclose(guide(logits, 0.0), uncond)
-    assert guide(cond, 1.0) is cond
+    assert torch.allclose(guide(logits, 1.0), cond)
 
 
 @pytest.mark.parametrize("mode", ["raster", "mergear"])
@@ -350,7 +472,7 @@ def test_guided_samples_follow_the_guided_logits():
         assert (logits.max(-1).values - picked).max() < 1e-3
 
 
-@pytest.mark.parametrize("mode", ["raster", "mergear"])
+@pytest.mark.parametrize("mode", mergear.MODES)
 def test_samples_do_not_depend_on_the_batch(mode):
     """Catches samples that depend on the batch size, the place in the batch, or the neighbours (VAR #69, #83)."""
     gpt, labels = small_gpt(mode=mode, bits=11), torch.arange(64) % 3
@@ -397,7 +519,7 @@ def test_checkpoint_is_enough_to_sample(place):
     assert json.loads(printed) == codes.tolist()
 
 
-@pytest.mark.parametrize("mode", ["raster", "mergear"])
+@pytest.mark.parametrize("mode", mergear.MODES)
 def test_resumed_run_is_the_same_run(place, mode):
     """Catches state that a checkpoint forgets: 4 steps must equal 2 + resume + 2 bit for bit, dropout included."""
     flags = ("--mode", mode, "--lr-schedule", "constant", "--dropout", "0.1", "--cache", str(place / f"codes-{mode}"))
@@ -447,17 +569,31 @@ def test_code_cache_holds_what_the_tokenizer_says(place):
     images = mergear.build_dataset(tokenizer.config.data, "train", 8, train=True)
     codes = mergear.CodeDataset(place / "cache/codes/train")
     assert len(codes) == len(images) == 24
-    drawn = set()
     for view in range(3):
         for i in (0, 5, 23):
-            x, source, label, keep = codes[(view - i) % 3, i]
-            drawn.add(int(keep))
-            encoded = tokenizer.encode(images.view(i, view)[0][None], int(keep))
+            (x, source, label), keep = codes[24 * view + i], int(codes.keep[24 * view + i])
+            encoded = tokenizer.encode(images.view(i, view)[0][None], keep)
             assert torch.equal(encoded.source[0], source) and int(label) == images[i][1]
             assert (encoded.codes.gather(1, encoded.source)[0] == x).float().mean() > 0.9  # a bit near 0 may flip by rounding
             assert view > 0 or keep == 6
             assert len(x.unique()) <= keep
-    assert drawn <= {4, 6, 16}
+    assert set(codes.keep.tolist()) <= {4, 6, 16}
+
+
+def test_a_training_batch_has_one_merge_count(place):
+    """Catches steps that mix K, ignore the drawn K, give two ranks the same rows, or depend on how a batch is divided."""
+    train(place, "batches", "--views", "8", "--max-steps", "1")
+    codes, config = mergear.CodeDataset(place / "batches/codes/train"), load_generator(place / "batches/ckpt.pt")[1].config
+    stream = lambda step, drawn=True, *split: mergear.code_batches(codes, config, 8, 0, step, drawn, *(split or (1, 0, 1)))
+    whole, kept = stream(0), []
+    for step in range(20):
+        *batch, keep = next(whole)
+        kept.append(keep)
+        assert all(len(row.unique()) == keep for row in batch[1])
+        parts = [next(stream(step, True, 1, rank, 2)) for rank in (0, 1)]
+        assert all(torch.equal(torch.cat(pair), column) for *pair, column in zip(*(part[:-1] for part in parts), batch))
+    assert len(set(kept)) > 1 and kept.count(6) > 8
+    assert {next(stream(step, False))[-1] for step in range(9)} == {6}
 
 
 def test_wrong_code_cache_is_refused(place):

@@ -25,10 +25,11 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import fuzz
 import mergear
+import recovery
 import tokenizer
 from data import UserError, run_main
 from hygiene import vitals
-from kills import MERGEAR, ROOT, TOKENIZER, command, difference, finish, read, start, torment, write_images
+from kills import MERGEAR, RECOVERY, ROOT, TOKENIZER, command, difference, finish, read, start, torment, write_images
 
 torch.set_num_threads(1)
 
@@ -40,22 +41,30 @@ def place(tmp_path_factory):
     write_images(folder / "images")
     train(folder, "tokenizer", "tok")
     train(folder, "mergear", "gpt")
+    train(folder, "mergear", "randar", mode="randar", max_steps=2)
+    train(folder, "recovery", "rec")
     return folder
+
+
+SCRIPTS = dict(tokenizer=tokenizer, mergear=mergear, recovery=recovery)
+UNDISTURBED = dict(tokenizer="tok", mergear="gpt", recovery="rec")
 
 
 def flags(place, script, out, **changes):
     if script == "tokenizer":
         return command(TOKENIZER, str(place / out), **{**dict(data=place / "images", max_steps=6, disc_start=2), **changes})
-    return command(MERGEAR, str(place / out), **{**dict(tokenizer=place / "tok/ckpt.pt", max_steps=6), **changes})
+    if script == "mergear":
+        return command(MERGEAR, str(place / out), **{**dict(tokenizer=place / "tok/ckpt.pt", max_steps=6), **changes})
+    return command(RECOVERY, str(place / out), **{**dict(generator=place / "randar/ckpt.pt", max_steps=6), **changes})
 
 
 def train(place, script, out, **changes):
-    {"tokenizer": tokenizer, "mergear": mergear}[script].main(flags(place, script, out, **changes))
+    SCRIPTS[script].main(flags(place, script, out, **changes))
 
 
 def at_step(monkeypatch, script, action):
     """Call action(step) at the beginning of each training step. The dry run, which has steps of its own, is left out."""
-    module, before = {"tokenizer": tokenizer, "mergear": mergear}[script], tokenizer.learning_rate
+    module, before = SCRIPTS[script], tokenizer.learning_rate
 
     def learning_rate(step, config):
         action(step)
@@ -99,7 +108,8 @@ def test_three_kills(tmp_path):
     assert hits["write"] + hits["anywhere"] == 3
 
 
-@pytest.mark.parametrize("script, number", [("tokenizer", signal.SIGTERM), ("mergear", signal.SIGINT)])
+@pytest.mark.parametrize("script, number", [("tokenizer", signal.SIGTERM), ("mergear", signal.SIGINT),
+                                            ("recovery", signal.SIGTERM)])
 def test_a_signal_saves_and_ends(place, script, number, monkeypatch, capsys):
     """SIGTERM of a cluster or Ctrl-C that loses the steps since the last checkpoint; a stopped run that looks finished; a
     resume command that does not work; a signal handler that stays behind."""
@@ -115,8 +125,7 @@ def test_a_signal_saves_and_ends(place, script, number, monkeypatch, capsys):
     argv = flags(place, script, f"stopped-{script}", save_every=100)
     assert tokenizer.resume_command("x.py", ["--overwrite", *argv], 1) == shlex.join(["python", "x.py", *argv, "--resume"])
     train(place, script, f"stopped-{script}", resume=True)
-    reference = place / {"tokenizer": "tok", "mergear": "gpt"}[script]
-    assert difference(read(reference), read(place / f"stopped-{script}")) is None
+    assert difference(read(place / UNDISTURBED[script]), read(place / f"stopped-{script}")) is None
 
 
 def test_a_second_signal_is_not_caught(monkeypatch):
@@ -152,7 +161,7 @@ def folder_gone(path):
         os.rename(f"{path}.away", path)
 
 
-@pytest.mark.parametrize("script", ["tokenizer", "mergear"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_full_disk_costs_nothing(place, script, monkeypatch, capsys):
     """A run that dies of a full disk or a lost folder, loses its last checkpoint to half a new one, or never tries again;
     metrics that lack the lines of that time."""
@@ -171,8 +180,7 @@ def test_a_full_disk_costs_nothing(place, script, monkeypatch, capsys):
         train(place, script, out.name, save_every=2)
     assert saved == [2], "the checkpoint of step 2 stays, and nothing half-written"
     assert "ckpt.pt could not be written" in capsys.readouterr().err
-    reference = place / {"tokenizer": "tok", "mergear": "gpt"}[script]
-    assert difference(read(reference), read(out)) is None
+    assert difference(read(place / UNDISTURBED[script]), read(out)) is None
     assert not tokenizer.UNWRITTEN
 
     with full_disk(1000), pytest.raises(UserError, match="could not be written .*make room"):  # at once, not after hours
@@ -202,10 +210,11 @@ def test_keep_last(place, capsys):
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad steps, the dry run
 
-@pytest.mark.parametrize("script, loss", [("tokenizer", "perceptual_stub"), ("mergear", "code_losses")])
+@pytest.mark.parametrize("script, loss", [("tokenizer", "perceptual_stub"), ("mergear", "code_losses"),
+                                          ("recovery", "codes_to_bits")])
 def test_too_many_bad_steps_end_the_run(place, script, loss, monkeypatch):
     """A run that skips steps for days; a last checkpoint with the bad weights in it."""
-    module, bad = {"tokenizer": tokenizer, "mergear": mergear}[script], []
+    module, bad = SCRIPTS[script], []
     before = getattr(module, loss)
 
     def poisoned(*args):
@@ -290,7 +299,8 @@ def test_unusual_images_are_read_and_broken_ones_counted(tmp_path):
     """CMYK, 16 bits, animations, extreme shapes or odd names that crash or are skipped; bombs that are unpacked."""
     whole, broken = fuzz.whole_images(), fuzz.broken_images()
     assert fuzz.attempt("whole", fuzz.read_all, image_folder(tmp_path / "whole", whole)) == (len(whole), 0)
-    assert fuzz.attempt("mixed", fuzz.read_all, image_folder(tmp_path / "mixed", {**whole, **broken})) == (len(whole), len(broken))
+    mixed = image_folder(tmp_path / "mixed", {**whole, **broken})
+    assert fuzz.attempt("mixed", fuzz.read_all, mixed) == (len(whole), len(broken))
     with pytest.raises(UserError, match="none of the"):
         fuzz.read_all(image_folder(tmp_path / "broken", broken))
 
@@ -355,12 +365,12 @@ def scripts():
     """(main, flags that make it start, its numeric flags)"""
     import eval
     import generate
-    import recovery
     partial = lambda module, name: lambda argv: module.main([name, *argv])
     return [(tokenizer.main, [], numeric_flags(tokenizer.TokenizerConfig)),
             (mergear.main, ["--tokenizer", "{tok}"], numeric_flags(mergear.GPTFlags)),
-            (generate.main, ["--ckpt", "{gpt}"], "--cfg --temperature --top-k --top-p --num --keep --seed --batch-size".split()),
-            (recovery.main, ["--ckpt", "{tok}"], "--num --batch-size --workers --seed --keep".split()),
+            (generate.main, ["--ckpt", "{gpt}"],
+             "--cfg --temperature --top-k --top-p --num --keep --steps --seed --batch-size".split()),
+            (recovery.main, ["--generator", "{randar}"], numeric_flags(recovery.RecoveryConfig)),
             (partial(eval, "recon"), ["--ckpt", "{tok}"], "--num --batch-size --workers --seed --keep".split()),
             (partial(eval, "gen"), ["--ckpt", "{gpt}"], "--cfg --temperature --top-k --top-p --num --keep".split()),
             (partial(eval, "train-classifier"), [], "--size --batch-size --max-steps --lr --workers --seed".split())]
@@ -372,7 +382,7 @@ def test_every_numeric_flag(place, number, tmp_path, monkeypatch, capsys):
     does not exist ends what the number does not."""
     monkeypatch.chdir(tmp_path)
     main, start, names = scripts()[number]
-    start = [part.format(tok=place / "tok/ckpt.pt", gpt=place / "gpt/ckpt.pt") for part in start]
+    start = [part.format(**{name: place / name / "ckpt.pt" for name in ("tok", "gpt", "randar")}) for part in start]
     for name in names:
         for value in ("nan", "text", "1" + "0" * 12, "-1", "0"):
             with pytest.raises(SystemExit) as stop:
@@ -478,20 +488,26 @@ def test_default_commands_work_anywhere(place, tmp_path):
         sys.argv, sys.dont_write_bytecode = [name, *argv], True
         os.chdir(here)
 
-        def blocked(self, address):
-            raise AssertionError(f"{name} connects to {address}")
+        connect = socket.socket.connect
 
-        socket.socket.connect = socket.socket.connect_ex = blocked
-        socket.getaddrinfo = lambda *args, **kwargs: blocked(None, args)
+        def local_only(self, address):  # loader processes talk to each other through files
+            assert self.family == socket.AF_UNIX, f"{name} connects to {address}"
+            return connect(self, address)
+
+        socket.socket.connect = socket.socket.connect_ex = local_only
+        socket.getaddrinfo = lambda *address, **kwargs: exit(f"{name} looks up {address}")
         runpy.run_path(str(source / name), run_name="__main__")
 
     tiny = command({name: value for name, value in TOKENIZER.items()}, "", max_steps=1)
     without_out = lambda argv: [part for n, part in enumerate(argv) if "--out" not in (part, argv[max(0, n - 1)])]
-    generator = command(MERGEAR, "", max_steps=1, data=place / "images")
-    for name, *argv in (("data.py",), ("tokenizer.py", *without_out(tiny)), ("mergear.py", *without_out(generator)),
-                        ("generate.py", "--num", "4"), ("recovery.py", "--num", "4"),
+    generator = without_out(command(MERGEAR, "", max_steps=1, data=place / "images"))
+    for name, *argv in (("data.py",), ("tokenizer.py", *without_out(tiny)), ("mergear.py", *generator),
+                        ("generate.py", "--num", "4"),
+                        ("mergear.py", *generator, "--mode", "randar", "--out", "out/randar"),
+                        ("recovery.py", "--max-steps", "1", "--eval-num", "2", "--batch-size", "4"),
                         ("eval.py", "maps", "--num", "2"), ("eval.py", "train-classifier", "--max-steps", "1", "--size", "8")):
         log = tmp_path / "log"
         assert finish(start(script, name, *argv, log=str(log))) == 0, f"{name}: {log.read_text()[-2000:]}"
     assert sorted(os.listdir(source)) == names and os.listdir(here) == ["out"]
-    assert {"data", "tokenizer", "mergear", "generate", "recovery", "maps", "classifier"} == set(os.listdir(here / "out"))
+    made = {"data", "tokenizer", "mergear", "generate", "randar", "recovery", "maps", "classifier"}
+    assert set(os.listdir(here / "out")) == made
