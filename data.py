@@ -28,6 +28,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -55,6 +56,18 @@ def run_main(main):
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is a UserError: one line on stderr, exit code 2."""
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
 
 
 # -----------------------------------------------------------------------------
@@ -249,10 +262,12 @@ def build_dataset(spec, split, size, train, seed=0):
     """spec: see the top of this file. split: "train" or "val". train: augment (else the centre crop)."""
     if split not in ("train", "val"):
         raise UserError(f"split {split!r} does not exist: pass train or val")
-    if size < 1:
-        raise UserError(f"size {size} is no image size: pass a positive number of pixels")
+    if not 1 <= size <= 8192:
+        raise UserError(f"size {size} is no image size: pass 1 to 8192 pixels")
     if seed < 0:
         raise UserError(f"seed {seed} is negative: pass 0 or more")
+    if "\0" in str(spec):
+        raise UserError(f"--data {spec!r} is no path: pass shapes, a folder, a .tar file or a quoted glob")
     if spec == "shapes":
         return Shapes(split, size, train, seed)
     return ImageFiles(spec, split, size, train, seed)
@@ -463,10 +478,11 @@ def walk_images(folder, prefix="", above=()):
         try:
             is_folder, is_file = entry.is_dir(), entry.is_file()
         except OSError:  # a link to itself
-            continue
+            is_folder = is_file = False
+        lost = entry.is_symlink() and not os.path.exists(entry.path)  # counted as unreadable; a pipe or a device is no image
         if is_folder:
             yield from walk_images(entry.path, f"{prefix}{entry.name}/", (*above, here))
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and (is_file or entry.is_symlink()):
+        elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and (is_file or lost):
             yield prefix + entry.name
 
 
@@ -507,7 +523,11 @@ def index_tar(shard, mtime, size):
     members, texts, class_names = {}, {}, None
     try:
         with tarfile.open(shard, "r:") as tar:
+            end = -1
             for member in tar:
+                if member.offset <= end:  # a size below 0 leads back, for ever
+                    raise tarfile.ReadError("a member of negative size")
+                end = member.offset
                 parts = [part for part in member.name.split("/") if part not in ("", ".")]
                 path, lower = "/".join(parts), member.name.lower()
                 # only plain files under plain relative names: no links, no way out of the archive, nothing hidden
@@ -517,10 +537,10 @@ def index_tar(shard, mtime, size):
                 if lower.endswith(".cls"):
                     texts[path[:-4]] = tar.extractfile(member).read(1000).decode().strip()
                 elif path == CLASS_LIST:
-                    class_names = tar.extractfile(member).read().decode().splitlines()
+                    class_names = tar.extractfile(member).read(10**8).decode().splitlines()
                 elif lower.endswith(IMAGE_EXTENSIONS):
                     members[path] = member.offset_data, member.size
-    except (tarfile.TarError, OSError, UnicodeDecodeError, EOFError) as error:
+    except Exception as error:  # a damaged header can raise anything
         raise UserError(f"{shard} is no intact, uncompressed tar file ({error}): decompress it, fetch it again, or "
                         "leave it out") from None
     return members, texts, class_names
@@ -613,7 +633,7 @@ def read_label_file(folder, ids):
         raise UserError(f"{folder} has no class folders, though the training images do: sort its images into class "
                         f"folders, or write {places[0]} with lines 'filename class'")
     named, listed = {**{str(number): name for name, number in ids.items()}, **{name: name for name in ids}}, {}
-    with open(place, encoding="utf-8-sig") as file:
+    with open(place, encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             line = line.strip()
             if not line:
@@ -658,12 +678,19 @@ def batches(dataset, batch_size, seed, step=0, accum=1, rank=0, world=1, workers
 
     # The loader seeds each worker and gives it one thread. Its own generator: the global random state stays untouched
     loader = DataLoader(dataset, batch_sampler=sampler(), num_workers=workers, persistent_workers=workers > 0,
-                        generator=torch.Generator().manual_seed(seed))
+                        worker_init_fn=ignore_signals, generator=torch.Generator().manual_seed(seed))
     try:
         yield from loader
     except UserError as error:  # from a worker it arrives wrapped in a traceback, with the message on the last line
         error.__traceback__ = None  # it holds on to the loader, whose workers are to end now
         raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+
+
+def ignore_signals(worker):
+    """For DataLoader workers: Ctrl-C and SIGTERM reach a whole group of processes, but to stop is for the trainer to do.
+    The workers end when it does."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # -----------------------------------------------------------------------------
@@ -876,19 +903,22 @@ def preview(dataset, path, num, seed):
     return order
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Look at a data set, or pack it into tar shards.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--data", default="shapes", help="shapes, a folder, a .tar or a quoted glob of .tar files")
+def main(argv=None):
+    parser = Parser(description="Look at a data set, or pack it into tar shards.")
+    parser.add_argument("--data", default="shapes", help="shapes, a folder, a .tar or a quoted glob of tars (default shapes)")
     parser.add_argument("--split", default="train", choices=["train", "val"])
-    parser.add_argument("--size", type=int, default=32, help="pixels of the square images")
-    parser.add_argument("--out", default="out/data", help="where preview.png goes")
-    parser.add_argument("--num", type=int, default=40, help="images in the preview")
+    parser.add_argument("--size", type=int, default=32, help="pixels of the square images (default 32)")
+    parser.add_argument("--out", default="out/data", help="where preview.png goes (default out/data)")
+    parser.add_argument("--num", type=int, default=40, help="images in the preview (default 40)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pack", metavar="OUT", help="write tar shards of both splits for images of --size to OUT")
-    parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard")
-    parser.add_argument("--workers", type=int, default=0, help="processes that shrink images while packing")
-    args = parser.parse_args()
+    parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard (default 10000)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that shrink images while packing (default 0)")
+    args = parser.parse_args(argv)
+    for name, low, high in (("size", 1, 8192), ("num", 1, 10_000), ("seed", 0, 2**31 - 1), ("shard_size", 1, 10**9),
+                            ("workers", 0, 256)):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be from {low} to {high}")
     if args.pack:
         pack(args.data, args.pack, args.size, args.shard_size, args.workers, args.seed)
         return
@@ -902,7 +932,7 @@ def main():
         print("images a class: " + ", ".join(shown) + (f", ... {more} more" if more else "")
               + f" (smallest {counts.min()}, largest {counts.max()})")
     path = os.path.join(args.out, "preview.png")
-    order = preview(dataset, path, max(1, args.num), args.seed)
+    order = preview(dataset, path, args.num, args.seed)
     for index in order[:3]:
         label = int(dataset.labels[index])
         print(f"{dataset.name(index)}  class {label}  {dataset.class_names[label] if dataset.num_classes else '-'}")

@@ -58,8 +58,8 @@ from recovery import (common_flags, enlarge, gather, load_recovery, make_folder,
 from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfig, adamw, append_metrics, arg, canonical_source,
                        check_batch, code_statistics, codes_to_bits, learning_rate, lfq_entropy, load_checkpoint, load_lpips,
                        load_tokenizer, load_weights, loader_workers, match_tokens, mean_over_ranks, merge_schedule, merge_tokens,
-                       parse_config, pick_device, plot_curves, plot_rows, prepare_out, psnr, save_checkpoint, seeded, start_run,
-                       update_ema, weights_hash)
+                       parse_config, pick_device, plot_curves, plot_rows, prepare_out, psnr, reading, save_checkpoint, seeded,
+                       start_run, update_ema, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -549,8 +549,9 @@ def train_classifier(args, argv):
 def load_classifier(path, device="cpu"):
     """Checkpoint of train-classifier -> (Classifier in eval mode, dict of config, class_names, val_accuracy)."""
     state = load_checkpoint(path, "classifier")
-    model = Classifier(state["config"]["size"], state["config"]["num_classes"])
-    model.load_state_dict(state.pop("model"))
+    with reading(path):
+        model = Classifier(state["config"]["size"], state["config"]["num_classes"])
+        model.load_state_dict(state.pop("model"))
     return model.to(device).eval().requires_grad_(False), state
 
 
@@ -669,7 +670,7 @@ def read_samples(path, num):
     try:
         with np.load(path) as file:
             pixels, labels = file["arr_0"], file["arr_1"]
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as e:
+    except Exception as e:  # a damaged zip can raise anything
         raise UserError(f"--samples {path} cannot be read ({e}): pass an npz with images in arr_0 and labels in arr_1")
     fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and labels.shape == pixels.shape[:1]
     if not fits or not len(labels) or labels.min() < 0:

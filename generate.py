@@ -53,13 +53,14 @@ def parse(argv=None):
     add("--dtype", "auto", "of the generator; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
     add("--batch-size", 32, "images asked for at a time")
     args = parser.parse_args(argv)
-    for name, fine, remedy in (("cfg", 0 <= args.cfg < math.inf, "at least 0"),
-                               ("temperature", 0 <= args.temperature < math.inf, "at least 0"),
-                               ("top_k", args.top_k >= 0, "at least 0"),
+    for name, fine, remedy in (("cfg", 0 <= args.cfg <= 1000, "at least 0 and at most 1000"),
+                               ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1000,
+                                "0, or from 0.001 to 1000"),
+                               ("top_k", 0 <= args.top_k <= 10**9, "from 0 to 1000000000"),
                                ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-                               ("num", args.num >= 1, "at least 1"),
-                               ("steps", args.steps >= 0, "at least 0"),
-                               ("batch_size", args.batch_size >= 1, "at least 1"),
+                               ("num", 1 <= args.num <= 10**7, "from 1 to 10000000"),
+                               ("steps", 0 <= args.steps <= 10**9, "at least 0"),
+                               ("batch_size", 1 <= args.batch_size <= 10**6, "from 1 to 1000000"),
                                ("seed", 0 <= args.seed < 2**31, "from 0 to 2147483647")):
         if not fine:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {remedy}")
@@ -106,9 +107,10 @@ def read_sweep(text):
     """"1.0:4.0:0.5" -> [1.0, 1.5, ..., 4.0]."""
     try:
         first, last, step = (float(part) for part in text.split(":"))
-        scales = [first + n * step for n in range(int((last - first) / step + 1e-6) + 1)]
-        if not (0 <= first <= last < math.inf and step > 0 and len(scales) <= IN_PICTURE):
+        count = int((last - first) / step + 1e-6) + 1
+        if not (0 <= first <= last < math.inf and step > 0 and count <= IN_PICTURE):
             raise ValueError
+        scales = [first + n * step for n in range(count)]
     except (ValueError, ZeroDivisionError, OverflowError):
         raise UserError(f"--cfg-sweep {text} must be FIRST:LAST:STEP with 0 <= FIRST <= LAST and STEP > 0, at most {IN_PICTURE} "
                         "scales, as in 1.0:4.0:0.5")

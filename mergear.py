@@ -23,7 +23,6 @@ Axis letters: B batch, R rows of a decoding step (2B under CFG), L positions, K 
 K in randar mode), D width, S sub-tokens, T sequence length, P prefix length, h heads, n rows fed to a step.
 """
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -39,10 +38,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import UserError, batches, build_dataset, image_grid, run_main
-from tokenizer import (RunConfig, adamw, append_metrics, arg, check_batch, keep_distribution, learning_rate, load_checkpoint,
-                       loader_workers, mean_over_ranks, parse_config, plot_curves, prepare_out, sample_keep, save_checkpoint,
-                       seeded, start_run, tokenizer_from_state, update_ema, val_loader, weights_hash)
+from data import UserError, batches, build_dataset, ignore_signals, image_grid, run_main
+from tokenizer import (RunConfig, Stop, adamw, any_rank, append_metrics, arg, check_bad, check_batch, check_ranges, check_trained,
+                       disk_may_fail, dry_run, keep_distribution, learning_rate, load_checkpoint, loader_workers, mean_over_ranks,
+                       no_sync, parallel, parse_config, plot_curves, prepare_out, reading, resume_command, sample_keep,
+                       save_checkpoint, seeded, start_run, tokenizer_from_state, trim_metrics, update_ema, val_loader,
+                       weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,21 +62,21 @@ class GPTFlags(RunConfig):
     tokenizer: str = arg("out/tokenizer/ckpt.pt", "checkpoint of tokenizer.py")
     data: str = arg("", "shapes | image folder | .tar or quoted glob of tar shards; empty: what the tokenizer was trained on")
     out: str = arg("out/mergear", "folder for checkpoint, metrics, pictures and the code cache")
-    width: int = arg(96, "transformer width D", low=4)
-    depth: int = arg(4, "transformer blocks", low=1)
-    heads: int = arg(4, "attention heads", low=1)
-    head_depth: int = arg(1, "blocks over the sub-tokens of one code, when it has more than one", low=0)
+    width: int = arg(96, "transformer width D", low=4, high=32768)
+    depth: int = arg(4, "transformer blocks", low=1, high=256)
+    heads: int = arg(4, "attention heads", low=1, high=1024)
+    head_depth: int = arg(1, "blocks over the sub-tokens of one code, when it has more than one", low=0, high=256)
     dropout: float = arg(0.0, "dropout after attention and MLP", low=0.0, high=0.9)
     token_dropout: float = arg(0.0, "share of input codes replaced by a learned mask embedding", low=0.0, high=1.0)
     class_dropout: float = arg(0.1, "share of labels replaced by the null class, which CFG needs", low=0.0, high=1.0)
     label_smoothing: float = arg(0.0, "label smoothing of the cross-entropy", low=0.0, high=0.9)
-    window: int = arg(8, "mergear: how many recent positions stay visible whatever their code", low=0)
+    window: int = arg(8, "mergear: how many recent positions stay visible whatever their code", low=0, high=1000000)
     duplicate: str = arg("source", "mergear, in training: a position is a repeat if its merged token (source) or its code "
                          "(codes) came before; generation can only see codes", choices=("source", "codes"))
     order: str = arg("random", "randar: order of the merged codes, random, or raster as its baseline", choices=("random", "raster"))
-    views: int = arg(2, "views of each image in the code cache: centre crop, its mirror image, then random crops", low=1)
+    views: int = arg(2, "views of each image in the code cache: centre crop, mirror image, then random crops", low=1, high=1000)
     cache: str = arg("", "folder of the code cache; empty: OUT/codes; none: encode the images at every step")
-    batch_size: int = arg(32, "images an optimizer step, over all ranks and micro-batches", low=1)
+    batch_size: int = arg(32, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
     max_steps: int = arg(3000, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(300, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(2e-3, "peak learning rate", low=0.0)
@@ -83,7 +84,7 @@ class GPTFlags(RunConfig):
                            choices=("step", "cosine", "constant"))
     warmup: int = arg(100, "linear warm-up steps", low=0)
     weight_decay: float = arg(0.05, "AdamW weight decay of matrices", low=0.0)
-    clip: float = arg(1.0, "gradient norm is clipped to this", low=0.0)
+    clip: float = arg(1.0, "gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.999, "decay of the weight average that sampling uses", low=0.0, high=1.0)
     eval_every: int = arg(1500, "steps between evaluations with pictures", low=1)
     save_every: int = arg(750, "steps between checkpoints", low=1)
@@ -718,9 +719,12 @@ def decode_codes(gpt, tokenizer, codes, start=0, chunk=None):
 def load_generator(path, device="cpu"):
     """Checkpoint of this script -> (GPT, MergeVQ), both in eval mode with EMA weights. Raises UserError on a bad file."""
     state = load_checkpoint(path, "generator")
-    gpt = GPT(GPTConfig(**state["config"]))
-    gpt.load_state_dict(state["ema"])
-    return gpt.to(device).eval().requires_grad_(False), tokenizer_from_state(state["tokenizer"], device)
+    with reading(path):
+        config = GPTConfig(**state["config"])
+        check_ranges(config)
+        gpt = GPT(config)
+        gpt.load_state_dict(state["ema"])
+        return gpt.to(device).eval().requires_grad_(False), tokenizer_from_state(state["tokenizer"], device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -731,12 +735,28 @@ def load_generator(path, device="cpu"):
 COLUMNS = dict(codes=np.int32, source=np.int16, labels=np.int32, keep=np.int32)
 
 
+def read_meta(folder):
+    """The meta.json of a code cache; None where there is none. Raises UserError when it cannot be read."""
+    try:
+        with open(os.path.join(folder, "meta.json")) as f:
+            return dict(json.load(f))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"the code cache {folder} is damaged (meta.json: {e}): delete that folder, and it is made anew")
+
+
 class CodeDataset(Dataset):
     """ds[i], or a batch ds[rows] -> (codes (L,), source (L,), label). Item i < len is view 0 of image i. .keep: K by row."""
     def __init__(self, folder):
-        with open(os.path.join(folder, "meta.json")) as f:
-            self.meta = json.load(f)
-        *self.columns, self.keep = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in COLUMNS]
+        self.meta = read_meta(folder)
+        try:
+            *self.columns, self.keep = [np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r") for name in COLUMNS]
+            fits = all(len(column) == self.meta["views"] * self.meta["images"] for column in (*self.columns, self.keep))
+        except Exception:  # a damaged file can raise anything
+            fits = False
+        if not fits:
+            raise UserError(f"the code cache {folder} is damaged: delete that folder, and it is made anew")
 
     def __len__(self):
         return self.meta["images"]
@@ -775,13 +795,11 @@ def open_codes(folder, dataset, tokenizer, config, run, views, drawn, replace=Fa
     """
     meta = dict(tokenizer=weights_hash(tokenizer.state_dict()), data=config.data, images=len(dataset), size=tokenizer.config.size,
                 keep=tokenizer.config.keep, drawn=drawn, views=views, seed=config.seed)
-    meta_path, found = os.path.join(folder, "meta.json"), None
-    if os.path.exists(meta_path):
-        with open(meta_path) as f:
-            found = json.load(f)
+    found = read_meta(folder)
+    if found is not None:
         wrong = [name for name in meta if found.get(name) != meta[name]]
         if wrong and not replace:
-            short = lambda value: value[:12] if wrong[0] == "tokenizer" else value
+            short = lambda value: str(value)[:12] if wrong[0] == "tokenizer" else value
             raise UserError(f"the code cache {folder} was made with {wrong[0]} {short(found.get(wrong[0]))}, this run has "
                             f"{wrong[0]} {short(meta[wrong[0]])}: delete that folder, or pass --cache another-folder")
         found = None if wrong else found
@@ -813,7 +831,7 @@ def extract_codes(folder, dataset, tokenizer, config, run, meta, batch=64):
     jobs = [(v, first) for v in range(views) for first in range(0, len(dataset), batch)]
     mine = range(run.rank, len(jobs), run.world)
     keys = ([(v, i) for i in range(first, min(first + batch, len(dataset)))] for v, first in (jobs[b] for b in mine))
-    loader = DataLoader(Views(dataset), batch_sampler=keys, num_workers=max(0, config.workers))
+    loader = DataLoader(Views(dataset), batch_sampler=keys, num_workers=max(0, config.workers), worker_init_fn=ignore_signals)
     bar = tqdm(loader, f"encoding {os.path.basename(folder)}", len(mine), unit="batch", disable=not run.main, dynamic_ncols=True)
     for (images, labels), b in zip(bar, mine):
         view, first = jobs[b]
@@ -900,13 +918,12 @@ def main(argv=None):
     ckpt_path = os.path.join(flags.out, "ckpt.pt")
     # a resumed run keeps the tokenizer inside its checkpoint, whatever has become of the file
     state = load_checkpoint(ckpt_path, "generator") if flags.resume and os.path.exists(ckpt_path) else None
-    if state:
-        tokenizer_state = state["tokenizer"]
-    else:
-        trained = load_checkpoint(flags.tokenizer, "tokenizer")
-        tokenizer_state = dict(config=trained["config"], ema=trained["ema"])
-        del trained
-    tokenizer = tokenizer_from_state(tokenizer_state)
+    source = state or load_checkpoint(flags.tokenizer, "tokenizer")
+    with reading(ckpt_path if state else flags.tokenizer):
+        source = source["tokenizer"] if state else source
+        tokenizer_state = dict(config=source["config"], ema=source["ema"])
+        tokenizer = tokenizer_from_state(tokenizer_state)
+    del source
     t = tokenizer.config
     flags.data = flags.data or t.data
     train_set = build_dataset(flags.data, "train", t.size, train=True, seed=flags.seed)
@@ -917,37 +934,52 @@ def main(argv=None):
                        class_names=tuple(train_set.class_names), keep=t.keep, keeps=tuple(keep_distribution(t)[0]))
     check_config(config)
     for name in ("mode", "width", "depth", "heads", "head_depth", "window", "order", "num_classes") if state else ():
-        if state["config"][name] != getattr(config, name):
-            raise UserError(f"--resume: the run in {config.out} has {name} {state['config'][name]}, this one would have "
+        if state["config"].get(name) != getattr(config, name):
+            raise UserError(f"--resume: the run in {config.out} has {name} {state['config'].get(name)}, this one would have "
                             f"{getattr(config, name)}; pass the flags that it was started with")
     run = start_run(config)
     check_batch(config, run)
-    resume_from = prepare_out(config, run)
+    prepare_out(config, run)
     tokenizer.to(run.device)
-    drawn = config.mode != "raster"  # the baseline sees the target K only
-    train_images = train_set
+    # before the code cache, which may take hours to make
+    dry_run("generator", train, config, run, train_set, val_set, train_set, tokenizer, tokenizer_state, Stop(), cache="none")
+    train_images, drawn = train_set, config.mode != "raster"  # the baseline sees the target K only
     if config.cache != "none":
         folder, replace = config.cache or os.path.join(config.out, "codes"), config.overwrite and not config.cache
         train_set = open_codes(os.path.join(folder, "train"), train_set, tokenizer, config, run, config.views, drawn, replace)
         val_set = open_codes(os.path.join(folder, "val"), val_set, tokenizer, config, run, 1, False, replace)
+    with Stop() as stop:
+        step = train(config, run, train_set, val_set, train_images, tokenizer, tokenizer_state, stop, state)
+    if run.main:
+        if step < config.max_steps:
+            print(f"stopped and saved at step {step}; to go on: {resume_command('mergear.py', argv, run.world)}")
+        else:
+            print(f"done: {ckpt_path}, samples_{step:07d}.png, curves.png; next: python generate.py --ckpt {ckpt_path}")
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+def train(config, run, train_set, val_set, train_images, tokenizer, tokenizer_state, stop, state=None):
+    """Train until --max-steps or stop.asked, from the start or from the state of a checkpoint. Returns the step reached.
+
+    The sets hold codes, or images that are encoded at every step; train_images are the images behind them.
+    """
     torch.manual_seed(config.seed)  # the same weights on every rank
 
     raw_model = GPT(config).to(run.device)
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     optimizer = adamw(raw_model.named_parameters(), config, BETAS[config.mode], config.weight_decay, run.device)
     step, skipped = 0, 0
-    if resume_from:
-        for module, name in ((raw_model, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            module.load_state_dict(state[name])
-        step, skipped = state["step"], state["skipped"]
-    del state
+    if state:
+        with reading(f"--resume: {config.out}/ckpt.pt"):
+            for module, name in ((raw_model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+                module.load_state_dict(state[name])
+            step, skipped = state["step"], state["skipped"]
 
-    model = raw_model
     if config.compile:
         raw_model.compile()
-    if run.world > 1:
-        ids = [run.device.index] if run.device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(raw_model, device_ids=ids, broadcast_buffers=False)
+    model = parallel(raw_model, run)
+    t, drawn = tokenizer.config, config.mode != "raster"
     if config.cache == "none":
         stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world, config.workers)
     else:
@@ -966,23 +998,31 @@ def main(argv=None):
               f"{config.max_steps} steps of {config.batch_size}")
 
     metrics_path = os.path.join(config.out, "metrics.jsonl")
+    if run.main:
+        trim_metrics(metrics_path, step)
     bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
-    logged_at, logged_step = time.time(), step
+    logged_at, logged_step, unsaved, stopping, streak = time.time(), step, False, False, 0
     while True:
         # evaluate, draw, save: N steps make N + 1 passes here, so that the end is no special case
         last = step == config.max_steps
-        if step % config.eval_every == 0 and step > 0 or last:
+        if last or step % config.eval_every == 0 and step > 0 and not stopping:
             scores = evaluate(ema, val_set, tokenizer, config, run)
             if run.main:
                 append_metrics(metrics_path, step=step, **scores)
-                draw_samples(ema, tokenizer, config, os.path.join(config.out, f"samples_{step:07d}.png"))
-                plot_curves(metrics_path, os.path.join(config.out, "curves.png"), CURVES)
+                with disk_may_fail():
+                    draw_samples(ema, tokenizer, config, os.path.join(config.out, f"samples_{step:07d}.png"))
+                    plot_curves(metrics_path, os.path.join(config.out, "curves.png"), CURVES)
                 bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-        if run.main and (step % config.save_every == 0 and step > 0 or last):
-            save_checkpoint(ckpt_path, "generator", step=step, skipped=skipped, config=dataclasses.asdict(config),
-                            model=raw_model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
-                            tokenizer=tokenizer_state, class_names=list(config.class_names))
-        if last:
+        if last or stopping or step > 0 and step % config.save_every == 0 or unsaved and step % config.log_every == 0:
+            unsaved = True  # until it is done: then it is tried again with the next line of the log
+            with disk_may_fail(must=last or stopping):
+                if run.main:
+                    save_checkpoint(os.path.join(config.out, "ckpt.pt"), "generator", config.keep_last, step=step,
+                                    skipped=skipped, config=dataclasses.asdict(config), class_names=list(config.class_names),
+                                    model=raw_model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict(),
+                                    tokenizer=tokenizer_state)
+                unsaved = False
+        if last or stopping:
             break
 
         # one optimizer step
@@ -1003,7 +1043,7 @@ def main(argv=None):
             order = draw_orders(config, config.batch_size, keep, seeded(config.seed, step, 7))[rows].to(run.device)
             codes, inputs = to_sequence(config, codes, source, keep, order)
             labels = labels.masked_fill(unlabelled[rows].to(run.device), raw_model.null_class)
-            with contextlib.nullcontext() if m == config.accum - 1 or run.world == 1 else model.no_sync():
+            with no_sync(m < config.accum - 1, model):
                 with run.autocast():
                     logits = model(codes, labels, **inputs, dropped=dropped[rows, :codes.shape[1]].to(run.device))
                 loss, bits = code_losses(logits, codes, config.sub_bits, config.label_smoothing)
@@ -1012,15 +1052,17 @@ def main(argv=None):
             for name, value in dict(loss=loss.mean(), bits=bits.sum(), **{f"bits_{s}": b for s, b in enumerate(bits)}).items():
                 logs[name] = logs.get(name, 0.0) + value.detach() / config.accum
 
-        if step == 0:  # every trainable parameter is trained
-            for name, p in raw_model.named_parameters():
-                assert p.grad is not None, f"parameter {name} got no gradient"
+        if step == 0:
+            check_trained(raw_model.named_parameters(), optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
-        if torch.isfinite(norm):
+        bad, stopping = any_rank(run, ~torch.isfinite(norm + sum(logs.values())), stop.asked)
+        if not bad:
+            streak = 0
             optimizer.step()
             update_ema(ema, raw_model, config.ema, step)
-        else:
-            skipped += 1
+        else:  # a bad step changes nothing
+            skipped, streak = skipped + 1, streak + 1
+            check_bad(streak, step, config)
         optimizer.zero_grad(set_to_none=True)
         step += 1
         bar.update(1)
@@ -1035,10 +1077,7 @@ def main(argv=None):
                 append_metrics(metrics_path, step=step, **logs, grad_norm=norm, lr=lr, images_per_s=speed, skipped=skipped)
                 bar.set_postfix(bits=f"{logs['bits']:.3f}", im_s=f"{speed:.0f}", skipped=skipped)
     bar.close()
-    if run.main:
-        print(f"done: {ckpt_path}, samples_{step:07d}.png, curves.png; next: python generate.py --ckpt {ckpt_path}")
-    if run.world > 1:
-        dist.destroy_process_group()
+    return step
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ that goes beside every measured number are defined here too, and eval.py imports
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import json
@@ -39,21 +38,22 @@ from tqdm import tqdm
 
 from data import UserError, build_dataset, image_grid, run_main
 from mergear import code_batches, draw, draw_orders, join_codes, load_generator, open_codes
-from tokenizer import (RunConfig, adamw, append_metrics, arg, check_batch, codes_to_bits, learning_rate, load_checkpoint,
-                       load_tokenizer, loader_workers, mean_over_ranks, merge_schedule, parse_config, plot_curves, prepare_out,
-                       psnr, save_checkpoint, seeded, start_run, weights_hash)
+from tokenizer import (RunConfig, Stop, adamw, any_rank, append_metrics, arg, check_bad, check_batch, check_trained,
+                       codes_to_bits, disk_may_fail, dry_run, learning_rate, load_checkpoint, load_tokenizer, loader_workers,
+                       mean_over_ranks, merge_schedule, no_sync, parallel, parse_config, plot_curves, prepare_out,
+                       psnr, reading, resume_command, save_checkpoint, seeded, start_run, trim_metrics, weights_hash,
+                       zero_rounding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What every measuring command needs: flags, the tokenizer with its validation images, a record beside the numbers.
 
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from `low` to `high`, finite."""
+def number(kind, low, high=10**9):
+    """An argparse type: an int or float from `low` to `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:  # a nan fails the first comparison
-            raise argparse.ArgumentTypeError(f"{text} must be a finite number of at least {low}"
-                                             + (f" and at most {high}" if high < math.inf else ""))
+        if not low <= value <= high:  # a nan fails the comparison
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and at most {high}")
         return value
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
@@ -255,7 +255,7 @@ class RecoveryConfig(RunConfig):
     data: str = arg("", "data to train on; empty: what the generator was trained on")
     out: str = arg("out/recovery", "folder for checkpoint, metrics and pictures")
     cache: str = arg("", "folder of the code cache; empty: the generator's, codes/ beside its checkpoint")
-    batch_size: int = arg(64, "images an optimizer step, over all ranks and micro-batches", low=1)
+    batch_size: int = arg(64, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
     max_steps: int = arg(600, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(5, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(1e-3, "peak learning rate", low=0.0)
@@ -263,7 +263,7 @@ class RecoveryConfig(RunConfig):
                            choices=("step", "cosine", "constant"))
     warmup: int = arg(50, "linear warm-up steps", low=0)
     weight_decay: float = arg(1e-2, "AdamW weight decay of matrices (Table A2)", low=0.0)
-    clip: float = arg(1.0, "gradient norm is clipped to this", low=0.0)
+    clip: float = arg(1.0, "gradient norm is clipped to this", low=1e-9)
     drawn: float = arg(0.5, "share of the images whose codes are drawn from the generator; the others keep their own", low=0.0, high=1.0)
     keep: int = arg(0, "K of the measurements; 0: the tokenizer's target", low=0)
     save_every: int = arg(300, "steps between checkpoints", low=1)
@@ -290,12 +290,13 @@ def load_recovery(path, tokenizer):
         return tokenizer.recovery
     recovery = copy.deepcopy(tokenizer.recovery)
     state = load_checkpoint(found, "recovery", next(recovery.parameters()).device)
-    if state["tokenizer"] != weights_hash(tokenizer.state_dict()):
+    if state.get("tokenizer") != weights_hash(tokenizer.state_dict()):
         if path == "auto":
             print(f"{found} was made for another tokenizer: not used")
             return tokenizer.recovery
         raise UserError(f"--recovery {path} was made for another tokenizer: pass the generator's, or none")
-    recovery.load_state_dict(state["model"])
+    with reading(found):
+        recovery.load_state_dict(state["model"])
     print(f"source recovery from {found}")
     return recovery.eval().requires_grad_(False)
 
@@ -321,22 +322,44 @@ def main(argv=None):
     gpt, tokenizer = gpt.to(run.device), tokenizer.to(run.device)
     cache = config.cache or os.path.join(os.path.dirname(config.generator), "codes")
     codes_set = open_codes(os.path.join(cache, "train"), train_set, tokenizer, config, run, gpt.config.views, True)
+    dry_run("recovery", train, config, run, codes_set, gpt, tokenizer, Stop())
+    with Stop() as stop:
+        step, trained = train(config, run, codes_set, gpt, tokenizer, stop, resume_from)
+    if run.main and step < config.max_steps:
+        print(f"stopped and saved at step {step}; to go on: {resume_command('recovery.py', argv, run.world)}")
+    elif run.main:
+        recoveries = {"before": tokenizer.recovery, "after": trained.eval()}
+        args = argparse.Namespace(**vars(config), num=min(config.eval_num, len(val_set)), ckpt=config.generator)
+        results = measure(tokenizer, val_set, args, run, config.keep, recoveries)
+        print(f"{args.num} val images, K = {config.keep}\n{'source':<14} {'accuracy':>8} {'PSNR':>8}")
+        for name, row in results.items():
+            print(f"{name:<14} {row['accuracy']:8.2%} {row['psnr']:8.2f}")
+        draw_maps(tokenizer, pick_images(val_set, 8, config.seed), config.keep, run, os.path.join(config.out, "recovery.png"),
+                  recoveries)
+        write_results(os.path.join(config.out, "recovery.json"), "recovery.py", argv, args, run, keep=config.keep,
+                      tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), results=results)
+        plot_curves(os.path.join(config.out, "metrics.jsonl"), os.path.join(config.out, "curves.png"),
+                    ("loss", "accuracy", "codes_kept"))
+        print(f"done: {config.out}/ckpt.pt, recovery.png, recovery.json; next: python generate.py --ckpt {config.generator}")
+    if run.world > 1:
+        dist.destroy_process_group()
 
-    before = tokenizer.recovery
-    raw_model = copy.deepcopy(before).train().requires_grad_(True)
+
+def train(config, run, codes_set, gpt, tokenizer, stop, resume_from=None):
+    """Fine-tune a copy of tokenizer.recovery until --max-steps or stop.asked. Returns (step reached, the copy)."""
+    t = tokenizer.config
+    raw_model = copy.deepcopy(tokenizer.recovery).train().requires_grad_(True)
     optimizer = adamw(raw_model.named_parameters(), config, (0.9, 0.95), config.weight_decay, run.device)
     step, skipped = 0, 0
     if resume_from:
         state = load_checkpoint(resume_from, "recovery", run.device)
-        if state["tokenizer"] != weights_hash(tokenizer.state_dict()):
+        if state.get("tokenizer") != weights_hash(tokenizer.state_dict()):
             raise UserError(f"--resume: {resume_from} was made for another tokenizer; pass the --generator of that run")
-        raw_model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, skipped = state["step"], state["skipped"]
-    model = raw_model
-    if run.world > 1:
-        ids = [run.device.index] if run.device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(raw_model, device_ids=ids)
+        with reading(f"--resume: {resume_from}"):
+            raw_model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step, skipped = state["step"], state["skipped"]
+    model = parallel(raw_model, run)
     stream = code_batches(codes_set, t, config.batch_size, config.seed, step, True, config.accum, run.rank, run.world)
     micro = config.batch_size // (run.world * config.accum)
     if run.main:
@@ -344,14 +367,22 @@ def main(argv=None):
               f"{config.data}, {config.max_steps} steps of {config.batch_size}")
 
     ckpt_path, metrics_path = (os.path.join(config.out, name) for name in ("ckpt.pt", "metrics.jsonl"))
+    hashes = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()))
+    if run.main:
+        trim_metrics(metrics_path, step)
     bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
+    unsaved, stopping, streak = False, False, 0
     while True:
         last = step == config.max_steps
-        if run.main and (step % config.save_every == 0 and step > 0 or last):
-            save_checkpoint(ckpt_path, "recovery", step=step, skipped=skipped, config=dataclasses.asdict(config),
-                            model=raw_model.state_dict(), optimizer=optimizer.state_dict(),
-                            tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()))
-        if last:
+        if last or stopping or step > 0 and step % config.save_every == 0 or unsaved and step % config.log_every == 0:
+            unsaved = True  # until it is done: then it is tried again with the next line of the log
+            with disk_may_fail(must=last or stopping):
+                if run.main:
+                    save_checkpoint(ckpt_path, "recovery", config.keep_last, step=step, skipped=skipped,
+                                    config=dataclasses.asdict(config), model=raw_model.state_dict(),
+                                    optimizer=optimizer.state_dict(), **hashes)
+                unsaved = False
+        if last or stopping:
             break
 
         lr, logs = learning_rate(step, config), {}
@@ -368,18 +399,24 @@ def main(argv=None):
                 own = torch.zeros(micro, keep, dtype=torch.long, device=run.device).scatter_(1, source, codes)    # (B,K)
                 drawn = teacher_forced(gpt, own, labels, keep, orders.to(run.device), seeded(config.seed, step, first, 3))
                 codes = torch.where(replaced[first:first + micro, None].to(run.device), drawn, own)
-                with contextlib.nullcontext() if m == config.accum - 1 or run.world == 1 else model.no_sync():
+                with no_sync(m < config.accum - 1, model):
                     logits = model(codes_to_bits(codes, t.bits)).float()                                          # (B,L,K)
                     loss = F.cross_entropy(logits.flatten(0, 1), source.flatten())
                     (loss / config.accum).backward()
             values = dict(loss=loss, accuracy=(logits.argmax(-1) == source).float().mean(), codes_kept=(drawn == own).float().mean())
             for name, value in values.items():
                 logs[name] = logs.get(name, 0.0) + value.detach() / config.accum
+        if step == 0:
+            check_trained(raw_model.named_parameters(), optimizer)
+        zero_rounding(raw_model)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
-        if torch.isfinite(norm):
+        bad, stopping = any_rank(run, ~torch.isfinite(norm + sum(logs.values())), stop.asked)
+        if not bad:
+            streak = 0
             optimizer.step()
-        else:
-            skipped += 1
+        else:  # a bad step changes nothing
+            skipped, streak = skipped + 1, streak + 1
+            check_bad(streak, step, config)
         optimizer.zero_grad(set_to_none=True)
         step += 1
         bar.update(1)
@@ -389,21 +426,7 @@ def main(argv=None):
                 append_metrics(metrics_path, step=step, **logs, grad_norm=norm, lr=lr, keep=keep, skipped=skipped)
                 bar.set_postfix(loss=f"{logs['loss']:.3f}", accuracy=f"{logs['accuracy']:.3f}", skipped=skipped)
     bar.close()
-
-    if run.main:
-        recoveries = {"before": before, "after": raw_model.eval()}
-        args = argparse.Namespace(**vars(config), num=min(config.eval_num, len(val_set)), ckpt=config.generator)
-        results = measure(tokenizer, val_set, args, run, config.keep, recoveries)
-        print(f"{args.num} val images, K = {config.keep}\n{'source':<14} {'accuracy':>8} {'PSNR':>8}")
-        for name, row in results.items():
-            print(f"{name:<14} {row['accuracy']:8.2%} {row['psnr']:8.2f}")
-        draw_maps(tokenizer, pick_images(val_set, 8, config.seed), config.keep, run, os.path.join(config.out, "recovery.png"), recoveries)
-        write_results(os.path.join(config.out, "recovery.json"), "recovery.py", argv, args, run, keep=config.keep,
-                      tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), results=results)
-        plot_curves(metrics_path, os.path.join(config.out, "curves.png"), ("loss", "accuracy", "codes_kept"))
-        print(f"done: {ckpt_path}, recovery.png, recovery.json; next: python generate.py --ckpt {config.generator}")
-    if run.world > 1:
-        dist.destroy_process_group()
+    return step, raw_model
 
 
 if __name__ == "__main__":

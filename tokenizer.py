@@ -24,11 +24,19 @@ import contextlib
 import copy
 import dataclasses
 import datetime
+import errno
+import glob
 import hashlib
+import io
 import json
 import math
 import os
+import shlex
+import shutil
+import signal
+import sys
 import time
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -39,7 +47,7 @@ from PIL import Image, ImageDraw
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import AUGMENT_DRAWS, UserError, augment, batches, build_dataset, image_grid, run_main
+from data import (AUGMENT_DRAWS, Parser, UserError, augment, batches, build_dataset, ignore_signals, image_grid, run_main)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -58,31 +66,23 @@ class RunConfig:
     seed: int = arg(0, "all randomness is a function of this and the step", low=0, high=2**31 - 1)
     device: str = arg("auto", "auto (cuda > mps > cpu) or a torch device")
     dtype: str = arg("auto", "autocast type; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
-    batch_size: int = arg(256, "images an optimizer step, over all ranks and micro-batches", low=1)
-    accum: int = arg(1, "micro-batches a rank adds up for one step", low=1)
+    batch_size: int = arg(256, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
+    accum: int = arg(1, "micro-batches a rank adds up for one step", low=1, high=1000000)
     max_steps: int = arg(0, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(270, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(1e-4, "peak learning rate", low=0.0)
     lr_schedule: str = arg("step", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
                            choices=("step", "cosine", "constant"))
     warmup: int = arg(1000, "linear warm-up steps", low=0)
-    workers: int = arg(-1, "data loader processes a rank; -1: none for shapes, else up to 8", low=-1)
+    workers: int = arg(-1, "data loader processes a rank; -1: none for shapes, else up to 8", low=-1, high=256)
     log_every: int = arg(10, "steps between lines in metrics.jsonl", low=1)
     eval_every: int = arg(1000, "steps between evaluations with pictures", low=1)
     eval_num: int = arg(1000, "validation images an evaluation looks at", low=1)
     save_every: int = arg(1000, "steps between checkpoints", low=1)
+    keep_last: int = arg(1, "how many checkpoints stay; beyond 1 also as ckpt_STEP.pt", low=1)
     resume: bool = arg(False, "continue the run in --out")
     overwrite: bool = arg(False, "replace the run in --out")
     compile: bool = arg(False, "torch.compile the parts of static shape")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is a UserError: one line on stderr, exit code 2."""
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
 
 
 def parse_config(config_class, doc, presets=None, flag="", argv=None):
@@ -90,6 +90,9 @@ def parse_config(config_class, doc, presets=None, flag="", argv=None):
 
     Raises UserError (one line, exit code 2) on an unknown flag or a value out of range.
     """
+    def ints(text):
+        return tuple(int(v) for v in text.split(","))
+
     def build(defaults):
         parser = Parser(description=doc)
         for f in dataclasses.fields(config_class):
@@ -98,7 +101,7 @@ def parse_config(config_class, doc, presets=None, flag="", argv=None):
             if f.type is bool:
                 parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
             elif f.type is tuple:
-                parser.add_argument(name, type=lambda s: tuple(int(v) for v in s.split(",")), default=default,
+                parser.add_argument(name, type=ints, default=default,
                                     metavar="INT,INT,...", help=text)
             else:
                 parser.add_argument(name, type=f.type, default=default, choices=meta["choices"], help=text)
@@ -118,15 +121,13 @@ def parse_config(config_class, doc, presets=None, flag="", argv=None):
 
 
 def check_ranges(config):
-    """Every number within the bounds its field states; raises UserError."""
+    """Every number within the bounds its field states, or within a billion either way; raises UserError."""
     for f in dataclasses.fields(config):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
-        for v in value if isinstance(value, tuple) else (value,):
-            wrong = isinstance(v, float) and not math.isfinite(v)
-            wrong = wrong or (low is not None and v < low) or (high is not None and v > high)
-            if wrong:
-                bounds = f"at least {low}" + (f" and at most {high}" if high is not None else "")
-                raise UserError(f"--{f.name.replace('_', '-')} {v} must be {bounds if low is not None else 'finite'}")
+        value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
+        low, high = -10**9 if low is None else low, 10**9 if high is None else high
+        for v in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(v, (int, float)) and not low <= v <= high:  # a nan fails the comparison
+                raise UserError(f"--{f.name.replace('_', '-')} {v} must be at least {low} and at most {high}")
 
 
 class Run(NamedTuple):
@@ -193,6 +194,23 @@ def mean_over_ranks(x):
     return MeanOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
+def parallel(module, run):
+    """DDP around a module when there are several ranks, which averages its gradients. None stays None."""
+    if run.world == 1 or module is None:
+        return module
+    ids = [run.device.index] if run.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+
+def no_sync(on, *modules):
+    """A context in which, if `on`, gradients add up on each rank and are not averaged: all micro-batches but the last."""
+    stack = contextlib.ExitStack()
+    for module in modules:
+        if on and isinstance(module, nn.parallel.DistributedDataParallel):
+            stack.enter_context(module.no_sync())
+    return stack
+
+
 def check_batch(config, run):
     """--batch-size must divide into ranks and micro-batches; raises UserError before anything is written."""
     if config.batch_size % (run.world * config.accum):
@@ -207,14 +225,14 @@ def prepare_out(config, run):
         if not os.path.exists(path):
             raise UserError(f"--resume: there is no {path}; leave --resume out to start a run there")
         return path
-    if os.path.exists(path) and not config.overwrite:
+    if (os.path.exists(path) or numbered_checkpoints(path)) and not config.overwrite:
         raise UserError(f"--out {config.out} holds a run already: pass --resume to continue it or --overwrite to replace it")
     if run.main:
         try:
             os.makedirs(config.out, exist_ok=True)
-            for name in ("ckpt.pt", "metrics.jsonl"):
+            for old in (path, os.path.join(config.out, "metrics.jsonl"), *numbered_checkpoints(path)):
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(os.path.join(config.out, name))
+                    os.remove(old)
         except OSError as e:
             raise UserError(f"--out {config.out} cannot be written ({e.strerror}); pass another folder")
     if run.world > 1:
@@ -223,32 +241,90 @@ def prepare_out(config, run):
 
 
 def loader_workers(config):
-    """Flag --workers -> data loader processes of a rank."""
+    """Flag --workers -> data loader processes of a rank. Raises UserError on a number that no machine has room for."""
+    if config.workers > 256:
+        raise UserError(f"--workers {config.workers} must be at most 256")
     return config.workers if config.workers >= 0 else 0 if config.data == "shapes" else min(8, os.cpu_count() or 1)
 
 
 CHECKPOINT_VERSION = 1
 
 
-def save_checkpoint(path, kind, **state):
-    """Write one dict of tensors and primitives to a temporary name, then rename: a reader never sees half a file."""
+def save_checkpoint(path, kind, keep_last=1, **state):
+    """Write one dict of tensors and primitives to a temporary name, then rename: a reader never sees half a file.
+
+    With keep_last > 1 the last so many stay beside it as ckpt_STEP.pt. Raises UserError when it cannot be written (a full
+    disk, no permission); what was there before is untouched then.
+    """
     temporary = f"{path}.tmp"
-    torch.save(dict(kind=kind, version=CHECKPOINT_VERSION, **state), temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(dict(kind=kind, version=CHECKPOINT_VERSION, **state), f)
+            f.flush()
+            os.fsync(f.fileno())  # or a power cut could leave the new name with nothing behind it
+        if keep_last > 1:  # the newest has two names and needs its space once
+            numbered = f"{os.path.splitext(path)[0]}_{state['step']:07d}.pt"
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(numbered)
+            try:
+                os.link(temporary, numbered)
+            except OSError:  # a file system without links
+                shutil.copyfile(temporary, numbered)
+        os.replace(temporary, path)
+        for old in numbered_checkpoints(path)[:-keep_last] if keep_last > 1 else ():
+            os.remove(old)
+    except (OSError, RuntimeError) as e:  # torch.save wraps the first in the second
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        reason = e.strerror if isinstance(e, OSError) else f"{e.__context__ or e}".splitlines()[0]
+        raise UserError(f"{path} could not be written ({reason}): make room or mend the folder; the checkpoint before is kept")
+
+
+def numbered_checkpoints(path):
+    """The files ckpt_STEP.pt that --keep-last left beside ckpt.pt, oldest first."""
+    stem = os.path.splitext(path)[0]
+    return sorted(name for name in glob.glob(f"{glob.escape(stem)}_*.pt") if name[len(stem) + 1:-3].isdecimal())
+
+
+@contextlib.contextmanager
+def disk_may_fail(must=False):
+    """What is written inside may fail without ending the run: the error is printed. `must`: it ends the run after all."""
+    try:
+        yield
+    except (UserError, OSError) as e:
+        if must:
+            raise
+        tqdm.write(f"warning: {e}", file=sys.stderr)
 
 
 def load_checkpoint(path, kind, device="cpu"):
     """Read a checkpoint of the given kind. Raises UserError when it is missing, unreadable, or of another kind."""
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on strange files; the one line below says enough
+            state = torch.load(path, map_location=device, weights_only=True)
+            found = state["kind"], state["version"]
+            fits = found == (kind, CHECKPOINT_VERSION)
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {path}: train one first, or pass its path")
-    except Exception as e:  # torch.load raises many types on a damaged file; each means the same to the user
-        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__}): it may be damaged; train again or pass another")
-    found = (state.get("kind"), state.get("version")) if isinstance(state, dict) else (None, None)
-    if found != (kind, CHECKPOINT_VERSION):
-        raise UserError(f"{path} is a checkpoint of kind {found[0]}, version {found[1]}; {kind}, version {CHECKPOINT_VERSION} is needed")
+    except Exception as e:  # a damaged or malicious file raises many types; each means the same to the user
+        older = numbered_checkpoints(path)
+        remedy = f"copy {older[-1]} over it" if older else "train again or pass another"
+        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__}): it may be damaged; {remedy}")
+    if not fits:
+        raise UserError(f"{path} is a checkpoint of kind {found[0]}, version {found[1]}, but {kind}, version "
+                        f"{CHECKPOINT_VERSION} is needed: pass another, or train again")
     return state
+
+
+@contextlib.contextmanager
+def reading(path):
+    """While the content of a checkpoint is put to use: whatever is missing or does not fit becomes one line."""
+    try:
+        yield
+    except Exception as e:  # wrong shapes, names, types: nothing else can go wrong inside
+        raise UserError(f"{path} does not hold what it should ({type(e).__name__}: {' '.join(str(e).split())[:200]}): "
+                        "pass the flags it was made with, or another file") from None
 
 
 def weights_hash(state_dict):
@@ -290,11 +366,121 @@ def adamw(named_parameters, config, betas, weight_decay, device):
     return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
+UNWRITTEN = {}  # metrics path -> lines that wait for a disk with room
+
+
 def append_metrics(path, **values):
-    """One JSON line more in a metrics file; tensors become numbers."""
+    """One JSON line more in a metrics file; tensors become numbers. What a full disk refuses goes out with a later line."""
     values = {k: round(float(v), 7) if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
-    with open(path, "a") as f:
-        f.write(json.dumps(values) + "\n")
+    text = UNWRITTEN.pop(path, "") + json.dumps(values) + "\n"
+    try:
+        with open(path, "ab", buffering=0) as f:
+            size = f.tell()
+            if f.write(text.encode()) < len(text):  # the part that fitted would be half a line
+                f.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as e:
+        if text.count("\n") == 1:
+            tqdm.write(f"warning: {path} not written ({e.strerror}): its lines wait in memory", file=sys.stderr)
+        UNWRITTEN[path] = text
+
+
+def trim_metrics(path, step):
+    """Drop what comes after the checkpoint of `step` from a metrics file: a resumed run writes these lines again, and the
+    evaluation at `step` too. Half a line, left by a kill, goes with them."""
+    kept = []
+    with contextlib.suppress(FileNotFoundError), open(path) as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                row = json.loads(line)
+                if row["step"] < step or row["step"] == step and "lr" in row:  # evaluations have no learning rate
+                    kept.append(line)
+    with open(f"{path}.tmp", "w") as f:
+        f.writelines(kept)
+    os.replace(f"{path}.tmp", path)
+
+
+class Stop:
+    """`with Stop() as stop`: SIGTERM and Ctrl-C only set stop.asked, for the training loop to save and end after its step.
+    The second one ends the process at once, as if this were not here."""
+    asked = False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, frame):
+        self.asked = True
+        signal.signal(number, self.before[number])
+
+    def __exit__(self, *exception):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def resume_command(script, argv, world):
+    """The command line that continues a run which `script argv` started."""
+    start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}", "--"]
+    argv = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--overwrite", "--resume")]
+    return shlex.join([*start, script, *argv, "--resume"])
+
+
+def any_rank(run, *flags):
+    """Flags (bool or 0-d tensor) -> list of bool: is each on, on any rank? What all must do alike is decided here."""
+    flags = torch.stack([torch.as_tensor(flag, device=run.device).float() for flag in flags])
+    if run.world > 1:
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return [flag > 0 for flag in flags.tolist()]
+
+
+MAX_BAD = 20  # this many steps in a row without a finite loss and gradient: the run is lost, not unlucky
+
+
+def check_bad(streak, step, config):
+    """Raises UserError when too many steps in a row were bad."""
+    if streak >= MAX_BAD:
+        raise UserError(f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite; the weights in "
+                        f"{config.out} are from before: pass --resume with a lower --lr than {config.lr}, or --dtype float32")
+
+
+def dry_run(kind, train, config, run, *inputs, **changes):
+    """One step of `train(config, run, *inputs)`, with evaluation, pictures and checkpoint, in a folder that goes again.
+
+    What would end a long run at its first evaluation or save (memory, disk, a wrong path) ends it here instead.
+    """
+    began, folder = time.time(), os.path.join(config.out, "dry_run")
+    if run.main:
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            os.makedirs(folder)
+        except OSError as e:
+            raise UserError(f"--out {config.out} cannot be written ({e.strerror}); pass another folder")
+    if run.world > 1:
+        dist.barrier()
+    changes = dict(dict(out=folder, max_steps=1, eval_num=16, log_every=1, resume=False, keep_last=2), **changes)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            train(dataclasses.replace(config, **changes), run, *inputs)
+        if run.main and load_checkpoint(os.path.join(folder, "ckpt.pt"), kind)["skipped"]:
+            raise UserError("the first step gave a loss or gradient that is not finite: check --data, or pass --dtype float32")
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
+            raise UserError("a training step does not fit in memory: pass a smaller --batch-size, or a larger --accum") from None
+        raise
+    finally:
+        if run.main:
+            shutil.rmtree(folder, ignore_errors=True)
+    if run.main:
+        print(f"dry run: a step, an evaluation and a checkpoint work ({time.time() - began:.1f} s)")
+
+
+def check_trained(named_parameters, optimizer):
+    """Every trainable parameter is in the optimizer, once, and has a gradient."""
+    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    for name, p in named_parameters:
+        if p.requires_grad:
+            assert owned.count(id(p)) == 1, f"parameter {name} is {owned.count(id(p))} times in the optimizer"
+            assert p.grad is not None, f"parameter {name} got no gradient"
 
 
 def plot_curves(metrics_path, png_path, panels):
@@ -349,19 +535,19 @@ class TokenizerConfig(RunConfig):
     variant: str = arg("tiny", "preset: tiny, g, gr or r", choices=("tiny", "g", "gr", "r"))
     data: str = arg("shapes", "shapes | image folder | .tar or quoted glob of tar shards")
     out: str = arg("out/tokenizer", "folder for checkpoint, metrics and pictures")
-    size: int = arg(32, "image side in pixels", low=8)
+    size: int = arg(32, "image side in pixels", low=8, high=8192)
     # encoder: a CNN halving the image between stages, or one patch convolution; then a transformer that merges
-    patch: int = arg(0, "side of ViT patches (variant r); 0: CNN stages", low=0)
-    base: int = arg(16, "CNN width at full resolution, encoder and decoder", low=1)
-    mult: tuple = arg((1, 2, 6), "CNN width of each stage, in units of --base", low=1)
-    res_blocks: int = arg(1, "residual blocks a stage", low=1)
-    norm_groups: int = arg(8, "groups of the CNN's GroupNorm", low=1)
-    width: int = arg(96, "encoder transformer width D", low=8)
-    depth: int = arg(3, "encoder transformer blocks", low=1)
-    heads: int = arg(4, "encoder attention heads", low=1)
-    dec_width: int = arg(96, "decoder transformer width", low=8)
-    dec_depth: int = arg(2, "decoder transformer blocks", low=1)
-    dec_heads: int = arg(4, "decoder attention heads", low=1)
+    patch: int = arg(0, "side of ViT patches (variant r); 0: CNN stages", low=0, high=8192)
+    base: int = arg(16, "CNN width at full resolution, encoder and decoder", low=1, high=8192)
+    mult: tuple = arg((1, 2, 6), "CNN width of each stage, in units of --base", low=1, high=1024)
+    res_blocks: int = arg(1, "residual blocks a stage", low=1, high=256)
+    norm_groups: int = arg(8, "groups of the CNN's GroupNorm", low=1, high=8192)
+    width: int = arg(96, "encoder transformer width D", low=8, high=32768)
+    depth: int = arg(3, "encoder transformer blocks", low=1, high=256)
+    heads: int = arg(4, "encoder attention heads", low=1, high=1024)
+    dec_width: int = arg(96, "decoder transformer width", low=8, high=32768)
+    dec_depth: int = arg(2, "decoder transformer blocks", low=1, high=256)
+    dec_heads: int = arg(4, "decoder attention heads", low=1, high=1024)
     layer_scale: float = arg(0.1, "initial LayerScale of the transformer blocks", low=0.0)
     # merging and quantisation
     keep: int = arg(36, "target number of merged tokens K", low=1)
@@ -371,8 +557,8 @@ class TokenizerConfig(RunConfig):
     bits: int = arg(8, "code bits d; the vocabulary has 2^d codes", low=1, high=24)
     bit_norm: bool = arg(True, "batch-normalise each bit before the sign, which prevents codebook collapse")
     tau: float = arg(1.0, "temperature of the entropy's soft assignment", low=1e-3)
-    recovery_width: int = arg(96, "source recovery width", low=8)
-    recovery_heads: int = arg(4, "source recovery attention heads", low=1)
+    recovery_width: int = arg(96, "source recovery width", low=8, high=32768)
+    recovery_heads: int = arg(4, "source recovery attention heads", low=1, high=1024)
     # losses; the weights of Table A1 are in PAPER below
     perceptual: str = arg("stub", "perceptual loss: stub (fixed edge filters), lpips (needs two weight files), none",
                           choices=("stub", "lpips", "none"))
@@ -380,9 +566,9 @@ class TokenizerConfig(RunConfig):
     vgg_weights: str = arg("", "--perceptual lpips: path of torchvision's vgg16-397923af.pth, or download")
     align: str = arg("ema", "teacher of the class token: ema (self-distillation), label, dinov2, none",
                      choices=("ema", "label", "dinov2", "none"))
-    align_dim: int = arg(256, "outputs of the alignment head; label sets it to the class count, dinov2 to 768", low=2)
+    align_dim: int = arg(256, "outputs of the alignment head; label sets it to the class count, dinov2 to 768", low=2, high=1000000)
     teacher_weights: str = arg("", "--align and --init dinov2: path of dinov2_vitb14_pretrain.pth, or download")
-    teacher_size: int = arg(224, "--align dinov2: side of what it sees in pixels, a multiple of 14", low=14)
+    teacher_size: int = arg(224, "--align dinov2: side of what it sees in pixels, a multiple of 14", low=14, high=8192)
     init: str = arg("random", "encoder transformer: random, or dinov2 by weight selection", choices=("random", "dinov2"))
     w_rec: float = arg(10.0, "weight of L2 reconstruction", low=0.0)
     w_perceptual: float = arg(1.0, "weight of the perceptual loss", low=0.0)
@@ -394,10 +580,10 @@ class TokenizerConfig(RunConfig):
     w_align: float = arg(0.1, "weight of global alignment", low=0.0)
     disc_start: int = arg(4000, "step at which the discriminator starts; tiny: after its default run", low=0)
     disc_ramp: int = arg(1000, "steps over which the adversarial weight rises to --w-disc", low=0)
-    disc_base: int = arg(16, "discriminator width", low=1)
-    disc_layers: int = arg(2, "strided layers of the PatchGAN", low=1)
+    disc_base: int = arg(16, "discriminator width", low=1, high=8192)
+    disc_layers: int = arg(2, "strided layers of the PatchGAN", low=1, high=10)
     # optimisation
-    batch_size: int = arg(8, "images an optimizer step, over all ranks and micro-batches", low=1)
+    batch_size: int = arg(8, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
     max_steps: int = arg(2700, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(2, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(2e-3, "peak learning rate", low=0.0)
@@ -406,9 +592,9 @@ class TokenizerConfig(RunConfig):
     warmup: int = arg(50, "linear warm-up steps", low=0)
     eval_every: int = arg(900, "steps between evaluations with pictures", low=1)
     save_every: int = arg(450, "steps between checkpoints", low=1)
-    beta1: float = arg(0.9, "AdamW beta 1", low=0.0, high=1.0)
-    beta2: float = arg(0.95, "AdamW beta 2", low=0.0, high=1.0)
-    clip: float = arg(5.0, "gradient norm is clipped to this", low=0.0)
+    beta1: float = arg(0.9, "AdamW beta 1", low=0.0, high=0.9999)
+    beta2: float = arg(0.95, "AdamW beta 2", low=0.0, high=0.99999)
+    clip: float = arg(5.0, "gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.999, "decay of the weight average that every later stage uses", low=0.0, high=1.0)
     grad_ckpt: bool = arg(False, "recompute activations in the backward pass: less memory, about a third slower")
 
@@ -910,6 +1096,20 @@ class MergeVQ(nn.Module):
         return Forward(images, e, self.recovery(q).float(), align)
 
 
+def zero_rounding(model):
+    """Set gradients to 0 that are 0 but for rounding: what is added to all keys alike cancels in the softmax, what is added
+    to a bit of all tokens in BitNorm. AdamW scales any gradient to steps of full size, noise too, and keys decide what merges."""
+    for m in model.modules():
+        if isinstance(m, Attention):
+            m.qkv.bias.grad.view(3, -1)[1] = 0                                             # of query, key and value
+        elif isinstance(m, nn.MultiheadAttention):
+            m.in_proj_bias.grad.view(3, -1)[1] = 0
+        elif isinstance(m, SourceRecovery):
+            m.keys.bias.grad.zero_()
+        elif isinstance(m, MergeVQ) and m.config.bit_norm:
+            m.encoder.to_bits.bias.grad.zero_()
+
+
 class Discriminator(nn.Module):
     """PatchGAN (1611.07004): strided 4x4 convolutions, one logit a patch. GroupNorm, so that no statistic is shared."""
     def __init__(self, config):
@@ -933,14 +1133,18 @@ class Discriminator(nn.Module):
 
 def tokenizer_from_state(state, device="cpu"):
     """{"config": dict, "ema": state_dict} -> MergeVQ in eval mode, frozen."""
-    model = MergeVQ(TokenizerConfig(**state["config"]))
+    config = TokenizerConfig(**state["config"])
+    check_ranges(config)
+    model = MergeVQ(config)
     model.load_state_dict(state["ema"])
     return model.to(device).eval().requires_grad_(False)
 
 
 def load_tokenizer(path, device="cpu"):
     """Checkpoint of this script -> MergeVQ in eval mode with EMA weights. Raises UserError on a bad file."""
-    return tokenizer_from_state(load_checkpoint(path, "tokenizer"), device)
+    state = load_checkpoint(path, "tokenizer")
+    with reading(path):
+        return tokenizer_from_state(state, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1149,7 +1353,7 @@ def perceptual_stub(a, b):
                             [[-1, 0, 0], [0, 0, 0], [0, 0, 1]], [[0, 0, -1], [0, 0, 0], [1, 0, 0]],
                             [[0, 1, 0], [1, -4, 1], [0, 1, 0]]], device=a.device, dtype=torch.float32) / 2
     weight, difference, loss = filters[:, None].repeat(3, 1, 1, 1), (a - b).float(), 0.0
-    for _ in range(3):
+    for _ in range(3 if min(a.shape[2:]) >= 12 else 1):  # the third scale has a quarter of the pixels, a filter needs 3
         loss = loss + F.conv2d(difference, weight, groups=3).abs().mean() / 3
         difference = F.avg_pool2d(difference, 2)
     return loss
@@ -1170,11 +1374,15 @@ def lecam_loss(real_logits, fake_logits, average):
     return F.relu(real_logits - average[1]).square().mean() + F.relu(average[0] - fake_logits).square().mean()
 
 
-def adaptive_weight(rec_loss, gan_loss, last_layer):
-    """VQGAN's balance (2012.09841 eq. 7): |grad of rec| / |grad of gan| at the decoder's last layer, at most 1e4."""
-    rec, = torch.autograd.grad(rec_loss, last_layer, retain_graph=True)
-    gan, = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
-    return (mean_over_ranks(rec).norm() / (mean_over_ranks(gan).norm() + 1e-4)).clamp(0, 1e4).detach()
+def last_layer_gradients(rec_loss, gan_loss, last_layer):
+    """Gradient of each loss at the decoder's last layer: (2, *last_layer.shape)."""
+    return torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec_loss, gan_loss)])
+
+
+def adaptive_weight(gradients):
+    """VQGAN's balance (2012.09841 eq. 7): |grad of rec| / |grad of gan| at the last layer, over all ranks, at most 1e4."""
+    rec, gan = mean_over_ranks(gradients)
+    return (rec.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4)
 
 
 def align_loss(student, teacher, center):
@@ -1235,7 +1443,8 @@ def bit_statistics(codes, d):
 def val_loader(dataset, config, run, num):
     """This rank's share of the first `num` validation images, in order: yields (images, labels)."""
     share = torch.utils.data.Subset(dataset, range(run.rank, min(num, len(dataset)), run.world))
-    return torch.utils.data.DataLoader(share, batch_size=min(64, max(16, config.batch_size)), num_workers=max(0, config.workers))
+    return torch.utils.data.DataLoader(share, batch_size=min(64, max(16, config.batch_size)), num_workers=max(0, config.workers),
+                                       worker_init_fn=ignore_signals)
 
 
 @torch.no_grad()
@@ -1283,6 +1492,11 @@ CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", 
 def main(argv=None):
     config = parse_config(TokenizerConfig, __doc__, VARIANTS, "variant", argv)
     check_config(config)
+    widths = [config.disc_base * min(2 ** i, 8) for i in range(1, config.disc_layers + 1)]
+    if any(w % config.norm_groups for w in widths):
+        raise UserError(f"--disc-base {config.disc_base}: --norm-groups {config.norm_groups} does not divide the widths {widths}")
+    if config.size // 2 ** config.disc_layers < 3:
+        raise UserError(f"--disc-layers {config.disc_layers} leave nothing of a {config.size} px image: pass fewer")
     train_set = build_dataset(config.data, "train", config.size, train=True, seed=config.seed)
     val_set = build_dataset(config.data, "val", config.size, train=False)
     if config.align == "label":
@@ -1295,17 +1509,32 @@ def main(argv=None):
     config.workers = loader_workers(config)
     run = start_run(config)
     check_batch(config, run)
-    perceptual = perceptual_stub
+    perceptual, dinov2 = perceptual_stub, None
     if config.perceptual == "lpips":
         perceptual = load_lpips(config.lpips_weights, config.vgg_weights, run.device).to(memory_format=torch.channels_last)
-    select = config.init == "dinov2" and not config.resume
-    if config.align == "dinov2" or select:
+    if "dinov2" in (config.align, config.init):
         dinov2 = load_dinov2(config.teacher_weights, run.device)
     resume_from = prepare_out(config, run)
+    dry_run("tokenizer", train, config, run, train_set, val_set, perceptual, dinov2, Stop(), disc_start=0, keep_sampling="fixed",
+            keep=max(*config.keeps, config.keep))  # the K that needs most memory
+    with Stop() as stop:
+        step = train(config, run, train_set, val_set, perceptual, dinov2, stop, resume_from)
+    if run.main:
+        if step < config.max_steps:
+            print(f"stopped and saved at step {step}; to go on: {resume_command('tokenizer.py', argv, run.world)}")
+        else:
+            print(f"done: {config.out}/ckpt.pt, recon_{step:07d}.png, curves.png; next: python mergear.py")
+    if run.world > 1:
+        dist.destroy_process_group()
+
+
+def train(config, run, train_set, val_set, perceptual, dinov2, stop, resume_from=None):
+    """Train until --max-steps or stop.asked, from the start or from a checkpoint. Returns the step that was reached.
+    perceptual: a loss of two batches of images; dinov2: the frozen teacher, if a flag asks for it."""
     torch.manual_seed(config.seed)  # the same weights on every rank
 
     raw_model = MergeVQ(config).to(run.device, memory_format=torch.channels_last)
-    if select:
+    if config.init == "dinov2" and not resume_from:
         select_weights(raw_model.encoder, dinov2)
     discriminator = Discriminator(config).to(run.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
@@ -1316,22 +1545,20 @@ def main(argv=None):
     step, skipped = 0, 0
     if resume_from:
         state = load_checkpoint(resume_from, "tokenizer", run.device)
-        try:
+        with reading(f"--resume: {resume_from}"):
             for module, name in ((raw_model, "model"), (ema, "ema"), (discriminator, "disc"), (optimizer, "optimizer"),
                                  (disc_optimizer, "disc_optimizer")):
                 module.load_state_dict(state[name])
-        except (RuntimeError, ValueError):
-            raise UserError(f"--resume: the networks in {resume_from} have other sizes; pass the flags that run was started with")
-        lecam, center, step, skipped = state["lecam"], state["center"], state["step"], state["skipped"]
+            lecam.copy_(state["lecam"])
+            center.copy_(state["center"])
+            step, skipped = state["step"], state["skipped"]
+        del state
 
-    model, disc = raw_model, discriminator
     if config.compile:
         for part in (raw_model.encoder.stem, raw_model.decoder, discriminator):
             part.compile()
-    if run.world > 1:
-        ids = [run.device.index] if run.device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(raw_model, device_ids=ids, broadcast_buffers=False)
-        disc = nn.parallel.DistributedDataParallel(discriminator, device_ids=ids, broadcast_buffers=False)
+    encoder, decoder, recovery, align_head, disc = (parallel(part, run) for part in (
+        raw_model.encoder, raw_model.decoder, raw_model.recovery, raw_model.align_head, discriminator))
     stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world, config.workers)
     micro = config.batch_size // (run.world * config.accum)
     if run.main:
@@ -1343,25 +1570,32 @@ def main(argv=None):
         print(f"{config.data}: train {train_set.describe()}; val {val_set.describe()}")
 
     metrics_path = os.path.join(config.out, "metrics.jsonl")
+    if run.main:
+        trim_metrics(metrics_path, step)
     bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
-    scores, logged_at, logged_step = {}, time.time(), step
+    logged_at, logged_step, unsaved, stopping, streak = time.time(), step, False, False, 0
     while True:
         # evaluate, draw, save: N steps make N + 1 passes here, so that the end is no special case
         last = step == config.max_steps
-        if step % config.eval_every == 0 and step > 0 or last:
+        if last or step % config.eval_every == 0 and step > 0 and not stopping:
             scores = evaluate(ema, val_set, config, run)
             if run.main:
                 append_metrics(metrics_path, step=step, **scores)
-                draw_reconstructions(ema, val_set, config, run, os.path.join(config.out, f"recon_{step:07d}.png"))
-                plot_curves(metrics_path, os.path.join(config.out, "curves.png"), CURVES)
+                with disk_may_fail():
+                    draw_reconstructions(ema, val_set, config, run, os.path.join(config.out, f"recon_{step:07d}.png"))
+                    plot_curves(metrics_path, os.path.join(config.out, "curves.png"), CURVES)
                 bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-        if run.main and (step % config.save_every == 0 and step > 0 or last):
-            save_checkpoint(os.path.join(config.out, "ckpt.pt"), "tokenizer", step=step, skipped=skipped,
-                            config=dataclasses.asdict(config), class_names=list(train_set.class_names),
-                            model=raw_model.state_dict(), ema=ema.state_dict(), disc=discriminator.state_dict(),
-                            optimizer=optimizer.state_dict(), disc_optimizer=disc_optimizer.state_dict(),
-                            lecam=lecam, center=center)
-        if last:
+        if last or stopping or step > 0 and step % config.save_every == 0 or unsaved and step % config.log_every == 0:
+            unsaved = True  # until it is done: then it is tried again with the next line of the log
+            with disk_may_fail(must=last or stopping):
+                if run.main:
+                    save_checkpoint(os.path.join(config.out, "ckpt.pt"), "tokenizer", config.keep_last, step=step,
+                                    skipped=skipped, config=dataclasses.asdict(config), class_names=list(train_set.class_names),
+                                    model=raw_model.state_dict(), ema=ema.state_dict(), disc=discriminator.state_dict(),
+                                    optimizer=optimizer.state_dict(), disc_optimizer=disc_optimizer.state_dict(),
+                                    lecam=lecam, center=center)
+                unsaved = False
+        if last or stopping:
             break
 
         # one optimizer step of both networks, side by side
@@ -1372,73 +1606,108 @@ def main(argv=None):
         ramp = min(1.0, (step - config.disc_start + 1) / max(1, config.disc_ramp)) if gan_on else 0.0
         draws = torch.rand(config.batch_size, AUGMENT_DRAWS, generator=seeded(config.seed, step, 2))
         raw_model.train()
-        new_lecam, new_center, logs = torch.zeros_like(lecam), torch.zeros_like(center), {}
+        new_lecam, new_center = torch.zeros_like(lecam), torch.zeros_like(center)
         buffers = [b.clone() for b in raw_model.buffers()]  # running statistics, which the forward pass moves
-        for m in range(config.accum):
-            images, labels = next(stream)
-            images = images.to(run.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
-            rows = slice((m * run.world + run.rank) * micro, (m * run.world + run.rank + 1) * micro)
-            sync = m == config.accum - 1
-            with contextlib.nullcontext() if sync or run.world == 1 else model.no_sync(), run.autocast():
-                out = model(images, keep)
-            losses = dict(rec=F.mse_loss(out.images, images), commit=F.mse_loss(out.encoded.z, out.encoded.z.detach().sign()))
-            if config.perceptual != "none":
-                losses["perceptual"] = perceptual(out.images, images).mean()
-            sample_entropy, codebook_entropy = lfq_entropy(out.encoded.z, config.tau)
-            losses["entropy"] = sample_entropy - codebook_entropy
-            losses["recovery"] = F.cross_entropy(out.recovery.flatten(0, 1), out.encoded.source.flatten())
-            if config.align == "label":
-                losses["align"] = F.cross_entropy(out.align, labels.to(run.device))
-            elif config.align != "none":  # view u is the training crop, view v is augmented strongly
-                view = augment(images, draws[rows].to(run.device))
-                with torch.no_grad(), run.autocast():
-                    if config.align == "dinov2":
-                        teacher = dinov2(view, config.teacher_size).float()
-                    else:
-                        teacher = ema.align_head(ema.encode(view, keep).cls).float()
-                if config.align == "dinov2":
-                    losses["align"] = distill_loss(out.align, teacher)
-                else:
-                    losses["align"] = align_loss(out.align, teacher, center)
-                    new_center += mean_over_ranks(teacher.mean(0)) / config.accum
-            weights = dict(rec=config.w_rec, perceptual=config.w_perceptual, commit=config.w_commit, entropy=config.w_entropy,
-                           recovery=config.w_recovery, align=config.w_align)
-            if gan_on:
-                discriminator.requires_grad_(False)
-                with run.autocast():
-                    losses["gan"] = generator_loss(discriminator(out.images))
-                discriminator.requires_grad_(True)
-                pixel = config.w_rec * losses["rec"] + config.w_perceptual * losses.get("perceptual", 0.0)
-                weights["gan"] = config.w_disc * ramp * adaptive_weight(pixel, losses["gan"], raw_model.decoder.conv_out.weight)
-            total = sum(weights[name] * loss for name, loss in losses.items())
-            with contextlib.nullcontext() if sync or run.world == 1 else model.no_sync():
-                (total / config.accum).backward()
-            if gan_on:
-                with contextlib.nullcontext() if sync or run.world == 1 else disc.no_sync():
-                    with run.autocast():
-                        real, fake = disc(torch.cat([images, out.images.detach()])).chunk(2)
-                    losses["disc"], losses["lecam"] = discriminator_loss(real, fake), lecam_loss(real, fake, lecam)
-                    ((losses["disc"] + config.w_lecam * losses["lecam"]) / config.accum).backward()
-                new_lecam += mean_over_ranks(torch.stack([real.detach().mean(), fake.detach().mean()])) / config.accum
-            for name, value in {**losses, "entropy_sample": sample_entropy, "entropy_codebook": codebook_entropy,
-                                **{"weighted_" + k: w * losses[k] for k, w in weights.items() if k in losses}}.items():
-                logs[name] = logs.get(name, 0.0) + value.detach() / config.accum
+        weights = dict(rec=config.w_rec, perceptual=config.w_perceptual, commit=config.w_commit, entropy=config.w_entropy,
+                       recovery=config.w_recovery, align=config.w_align)
+        parts = [(images.to(run.device, non_blocking=True).contiguous(memory_format=torch.channels_last), labels)
+                 for images, labels in (next(stream) for _ in range(config.accum))]
+        each = [slice(m * micro, (m + 1) * micro) for m in range(config.accum)]            # rows of a micro-batch
 
-        if step == 0 or gan_on and step == config.disc_start:  # every trainable parameter is trained
-            for name, p in [*raw_model.named_parameters(), *(discriminator.named_parameters() if gan_on else ())]:
-                assert p.grad is not None, f"parameter {name} got no gradient"
+        # 1. bits. BitNorm, entropy and adaptive weight look at all images of the step. So with --accum all of them are
+        # encoded here without a graph, and again in 3., when the gradient of their bits is known (GradCache, 2101.06983)
+        with torch.set_grad_enabled(config.accum == 1), run.autocast():
+            encoded = [encoder(images, keep) for images, _ in parts]
+        bits = torch.cat([part[0] for part in encoded]).detach().float().requires_grad_()  # (accum b,K,d)
+        z = raw_model.bit_norm(bits)
+        q = quantise(z.detach()).requires_grad_()                                          # collects the decoder's gradient
+        sample_entropy, codebook_entropy = lfq_entropy(z, config.tau)
+        losses = dict(commit=F.mse_loss(z, z.detach().sign()), entropy=sample_entropy - codebook_entropy)
+        z_loss = sum(weights[name] * loss for name, loss in losses.items())
+        logs = {name: loss.detach() for name, loss in
+                dict(losses, entropy_sample=sample_entropy, entropy_codebook=codebook_entropy).items()}
+
+        # 2. decode, micro-batch by micro-batch. The adaptive weight needs the gradients of all: with --accum a sweep before
+        last_gradients = 0.0
+        for training in (False, True) if gan_on and config.accum > 1 else (True,):
+            for m, (images, _) in enumerate(parts):
+                with no_sync(not training or m < config.accum - 1, decoder, recovery, disc):
+                    source = encoded[m][1]
+                    with run.autocast():
+                        out, guess = decoder(unmerge(q[each[m]], source)).float(), recovery(q[each[m]]).float()
+                    losses = dict(rec=F.mse_loss(out, images), recovery=F.cross_entropy(guess.flatten(0, 1), source.flatten()))
+                    if config.perceptual != "none":
+                        losses["perceptual"] = perceptual(out, images).mean()
+                    if gan_on:
+                        discriminator.requires_grad_(False)
+                        with run.autocast():
+                            losses["gan"] = generator_loss(discriminator(out))
+                        discriminator.requires_grad_(True)
+                    if gan_on and not (training and config.accum > 1):
+                        pixel = config.w_rec * losses["rec"] + config.w_perceptual * losses.get("perceptual", 0.0)
+                        last_layer = raw_model.decoder.conv_out.weight
+                        last_gradients += last_layer_gradients(pixel, losses["gan"], last_layer) / config.accum
+                        weights["gan"] = config.w_disc * ramp * adaptive_weight(last_gradients)
+                    if not training:
+                        continue
+                    (sum(weights[name] * loss for name, loss in losses.items()) / config.accum).backward()
+                    if gan_on:
+                        with run.autocast():
+                            real, fake = disc(torch.cat([images, out.detach()])).chunk(2)
+                        losses["disc"], losses["lecam"] = discriminator_loss(real, fake), lecam_loss(real, fake, lecam)
+                        ((losses["disc"] + config.w_lecam * losses["lecam"]) / config.accum).backward()
+                        new_lecam += mean_over_ranks(torch.stack([real.detach().mean(), fake.detach().mean()])) / config.accum
+                    for name, loss in losses.items():
+                        logs[name] = logs.get(name, 0.0) + loss.detach() / config.accum
+
+        # 3. back through BitNorm and the encoder
+        torch.autograd.backward([z_loss, z], [None, q.grad])
+        for m, (images, labels) in enumerate(parts):
+            with no_sync(m < config.accum - 1, encoder, align_head):
+                with run.autocast():
+                    part = encoded[m] if config.accum == 1 else encoder(images, keep)
+                    student = None if align_head is None else align_head(part[2].float()).float()
+                loss = (part[0].float() * bits.grad[each[m]]).sum()                        # its gradient is bits.grad
+                if config.align == "label":
+                    align = F.cross_entropy(student, labels.to(run.device))
+                elif config.align != "none":  # view u is the training crop, view v is augmented strongly
+                    rows = slice((m * run.world + run.rank) * micro, (m * run.world + run.rank + 1) * micro)
+                    view = augment(images, draws[rows].to(run.device))
+                    with torch.no_grad(), run.autocast():
+                        teacher = dinov2(view, config.teacher_size) if config.align == "dinov2" else ema.align_head(ema.encode(view, keep).cls)
+                        teacher = teacher.float()
+                    if config.align == "dinov2":
+                        align = distill_loss(student, teacher)
+                    else:
+                        align = align_loss(student, teacher, center)
+                        new_center += mean_over_ranks(teacher.mean(0)) / config.accum
+                if config.align != "none":
+                    loss = loss + config.w_align * align / config.accum
+                    logs["align"] = logs.get("align", 0.0) + align.detach() / config.accum
+                loss.backward()
+        weighted = {"weighted_" + name: w * logs[name] for name, w in weights.items() if name in logs}
+        logs = dict(loss=sum(weighted.values()), **logs, **weighted)
+
+        if step == 0:  # in the dry run, with the discriminator
+            check_trained(raw_model.named_parameters(), optimizer)
+            if gan_on:
+                check_trained(discriminator.named_parameters(), disc_optimizer)
+        zero_rounding(raw_model)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
         disc_norm = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip) if gan_on else norm
-        if torch.isfinite(norm + disc_norm):
+        bad, stopping = any_rank(run, ~torch.isfinite(norm + disc_norm + sum(logs.values())), stop.asked)
+        if not bad:
+            streak = 0
             optimizer.step()
             update_ema(ema, raw_model, config.ema, step)
             if config.align == "ema":
                 center.lerp_(new_center, 0.1)
             if gan_on:
+                lecam.lerp_(new_lecam, 0.01 if disc_optimizer.state else 1.0)  # the first values are taken as they are
                 disc_optimizer.step()
-                lecam.lerp_(new_lecam, 0.01 if step > config.disc_start else 1.0)
         else:  # a bad step changes nothing
-            skipped += 1
+            skipped, streak = skipped + 1, streak + 1
+            check_bad(streak, step, config)
             for buffer, before in zip(raw_model.buffers(), buffers):
                 buffer.copy_(before)
         optimizer.zero_grad(set_to_none=True)
@@ -1453,16 +1722,14 @@ def main(argv=None):
             speed = (step - logged_step) * config.batch_size / (time.time() - logged_at)
             logged_at, logged_step = time.time(), step
             if run.main:
-                usage, perplexity = code_statistics(torch.bincount(out.encoded.codes.flatten(), minlength=2 ** config.bits))
-                imbalance, dead = bit_statistics(out.encoded.codes, config.bits)
-                append_metrics(metrics_path, step=step, loss=total.detach(), **logs, grad_norm=norm, lr=lr, keep=keep, usage=usage,
+                codes = bits_to_codes(z)
+                usage, perplexity = code_statistics(torch.bincount(codes.flatten(), minlength=2 ** config.bits))
+                imbalance, dead = bit_statistics(codes, config.bits)
+                append_metrics(metrics_path, step=step, **logs, grad_norm=norm, lr=lr, keep=keep, usage=usage,
                                perplexity=perplexity, bit_imbalance=imbalance, dead_bits=dead, images_per_s=speed, skipped=skipped)
                 bar.set_postfix(rec=f"{logs['rec']:.4f}", perp=f"{perplexity:.0f}", K=keep, im_s=f"{speed:.0f}", skipped=skipped)
     bar.close()
-    if run.main:
-        print(f"done: {config.out}/ckpt.pt, recon_{step:07d}.png, curves.png; next: python mergear.py")
-    if run.world > 1:
-        dist.destroy_process_group()
+    return step
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def test_unlabelled_model(place):
     ("mergear.pt", "--top-p 0", "above 0 and at most 1"),
     ("mergear.pt", "--top-p 1.1", "above 0 and at most 1"),
     ("mergear.pt", "--top-k -3", "--top-k -3 must be"),
-    ("mergear.pt", "--temperature -0.1", "must be at least 0"),
+    ("mergear.pt", "--temperature -0.1", "must be 0, or"),
     ("mergear.pt", "--num 0", "--num 0"),
     ("mergear.pt", "--batch-size 0", "--batch-size 0"),
     ("mergear.pt", "--classes cat,fox", "no class 'fox'; pass names .cat, dog, 7"),

@@ -511,16 +511,6 @@ def noise(tmp_path_factory):
     return folder
 
 
-def without_rounding(state):
-    """A model's state without the parts whose true gradient is 0. What is added to all tokens or all keys alike is taken
-    out again by BitNorm or softmax; the gradient is a rounding error, which AdamW enlarges to steps of full size."""
-    state = {name: value for name, value in state.items() if name not in ("encoder.to_bits.bias", "recovery.keys.bias", "bit_norm.mean")}
-    for name, value in state.items():
-        if name.endswith(("qkv.bias", "in_proj_bias")):  # of query, key and value
-            state[name] = value.view(3, -1)[[0, 2]]
-    return state
-
-
 def test_two_ranks_equal_one_process(noise, tmp_path):
     """Statistics of a rank in place of the batch: BitNorm, entropy, EMA teacher's centre, LeCam, adaptive weight,
     a K that differs, samples that both ranks see."""
@@ -536,46 +526,48 @@ def test_two_ranks_equal_one_process(noise, tmp_path):
     assert ranks.returncode == 0, output
     two, rows_two = result(tmp_path / "two")
     for a, b in zip(rows, rows_two, strict=True):
-        for name in sorted(set(a) - {"images_per_s", "loss", "usage", "perplexity", "bit_imbalance", "dead_bits"}):  # rank 0's own
+        for name in sorted(set(a) - {"images_per_s", "usage", "perplexity", "bit_imbalance", "dead_bits"}):  # rank 0's own
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), f"step {a['step']}: {name}"
     assert {"rec", "perceptual", "commit", "entropy", "recovery", "align", "gan", "disc", "lecam", "grad_norm"} <= set(rows[-1])
     for name in ("lecam", "center"):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
     for part in ("model", "disc"):
-        a, b = without_rounding(one[part]), without_rounding(two[part])
-        for name in a:
-            torch.testing.assert_close(b[name], a[name], rtol=0, atol=5e-5, msg=lambda m: f"{part}.{name}: {m}")
+        for name, value in one[part].items():
+            torch.testing.assert_close(two[part][name], value, rtol=0, atol=5e-5, msg=lambda m: f"{part}.{name}: {m}")
 
 
 def test_resume_is_exact(tmp_path):
-    """Something left out of the checkpoint: EMA, D, an optimizer, running averages, the position in the data."""
-    whole, rows = train(tmp_path / "whole", max_steps=6)
-    train(tmp_path / "parts", max_steps=3)
-    parts, rows_parts = train(tmp_path / "parts", max_steps=6, resume=True)
+    """Something left out of the checkpoint: EMA, D, an optimizer, running averages, the position in the data; and lines
+    of metrics.jsonl that a resumed run writes twice (it was killed after its checkpoint) or leaves out."""
+    whole, _ = train(tmp_path / "whole", max_steps=6, eval_every=2)
+    train(tmp_path / "parts", max_steps=4, save_every=3, eval_every=2)
+    with open(tmp_path / "parts/metrics.jsonl", "a") as f:
+        f.write('{"step": 5, "lr": 0.1}\n{"step": 5, "val_ps')
+    parts, _ = train(tmp_path / "parts", max_steps=6, eval_every=2, resume=True)
     for state in (whole, parts):
         state.pop("config")
     same(whole, parts)
-    for a, b in zip(rows, rows_parts, strict=True):
-        assert {**a, "images_per_s": 0} == {**b, "images_per_s": 0}
+    one, two = ([{**json.loads(line), "images_per_s": 0} for line in (tmp_path / name / "metrics.jsonl").open()]
+                for name in ("whole", "parts"))
+    assert one == two
 
 
 def test_accumulation_equals_one_large_batch(noise, tmp_path):
-    """Gradients added but not averaged, or micro-batches that see the same images. Only losses that are means over images
-    can agree: BitNorm, the entropy and the adaptive weight look at a micro-batch as a whole."""
-    plain = dict(batch_size=8, bit_norm=False, w_entropy=0.0, lr=1e-4, data=noise)
-    one, rows = train(tmp_path / "one", accum=1, w_disc=0.0, max_steps=3, **plain)
-    four, rows_four = train(tmp_path / "four", accum=4, w_disc=0.0, max_steps=3, **plain)
+    """Gradients added but not averaged, micro-batches that see the same images, BitNorm, entropy or adaptive weight of a
+    micro-batch in place of the whole batch; for both networks."""
+    changes = dict(batch_size=8, lr=1e-4, data=noise, disc_start=1, max_steps=3)
+    (one, rows), (four, rows_four) = (train(tmp_path / f"accum{n}", accum=n, **changes) for n in (1, 4))
     for a, b in zip(rows, rows_four, strict=True):  # AdamW hides a wrong scale of the gradient, its norm does not
-        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-    one, four = without_rounding(one["model"]), without_rounding(four["model"])
-    for name in one:
-        torch.testing.assert_close(four[name], one[name], rtol=0, atol=5e-5, msg=lambda m: f"{name}: {m}")
-    one, _ = train(tmp_path / "one_d", accum=1, disc_start=0, max_steps=1, **plain)
-    four, _ = train(tmp_path / "four_d", accum=4, disc_start=0, max_steps=1, **plain)
-    torch.testing.assert_close(four["lecam"], one["lecam"])
+        for name in set(a) - {"images_per_s"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), f"step {a['step']}: {name}"
+    assert {"gan", "disc", "lecam", "weighted_gan", "entropy_codebook"} <= set(rows[-1])
+    for part in ("model", "disc"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(four[part][name], value, rtol=0, atol=5e-5, msg=lambda m: f"{part}.{name}: {m}")
+    for part in ("lecam", "center"):
+        torch.testing.assert_close(four[part], one[part])
     for a, b in zip(one["disc_optimizer"]["state"].values(), four["disc_optimizer"]["state"].values(), strict=True):
         torch.testing.assert_close(b["exp_avg"], a["exp_avg"], rtol=1e-3, atol=1e-6)
-    train(tmp_path / "all", accum=2, max_steps=3)  # and with everything on it runs
 
 
 def test_a_bad_step_is_skipped(tmp_path, monkeypatch):
@@ -588,6 +580,7 @@ def test_a_bad_step_is_skipped(tmp_path, monkeypatch):
         return stub(a, b) * (math.nan if len(calls) == 3 else 1.0)
 
     monkeypatch.setattr(tokenizer, "perceptual_stub", bad_at_third_call)
+    monkeypatch.setattr(tokenizer, "dry_run", lambda *args, **kwargs: None)  # it would be the first call
     after, rows = train(tmp_path / "after", max_steps=3, disc_start=1)
     assert after["skipped"] == 1 and after["step"] == 3 and rows[-1]["skipped"] == 1
     for name in ("model", "ema", "disc", "optimizer", "disc_optimizer", "lecam", "center"):
