@@ -457,7 +457,7 @@ def dry_run(kind, train, config, run, *inputs, **changes):
             raise UserError(f"--out {config.out} cannot be written ({e.strerror}); pass another folder")
     if run.world > 1:
         dist.barrier()
-    changes = dict(dict(out=folder, max_steps=1, eval_num=16, log_every=1, resume=False, keep_last=2), **changes)
+    changes = dict(dict(out=folder, max_steps=1, eval_num=min(16, config.eval_num), log_every=1, resume=False, keep_last=2), **changes)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train(dataclasses.replace(config, **changes), run, *inputs)
