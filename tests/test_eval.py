@@ -699,7 +699,7 @@ def test_two_ranks_equal_one_process(checkpoint, judge, folder, tmp_path):
                 assert a.pop(key, 0) == b.pop(key, 0), (name, key)
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9), name
     with np.load(tmp_path / "one" / "stats.npz") as one, np.load(tmp_path / "two" / "stats.npz") as two:
-        np.testing.assert_allclose(one["sigma"], two["sigma"], rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(one["sigma"], two["sigma"], atol=1e-6 * one["sigma"].max())  # float32 features
     one, two = ([json.loads(line) for line in open(tmp_path / name / "finetune" / "metrics.jsonl")] for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)

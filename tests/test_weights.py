@@ -33,7 +33,7 @@ def random_tensors(shapes, seed=0):
     g = torch.Generator().manual_seed(seed)
     fill = lambda name, shape: (
         torch.rand(shape, generator=g) + 0.5 if name.endswith(("var", "bn.weight")) or name.startswith("lin") else
-        torch.randn(shape, generator=g) * (0.3 if len(shape) < 2 else (2 / math.prod(shape[1:])) ** 0.5))
+        torch.randn(shape, generator=g) * (0.5 if len(shape) < 2 else (2 / math.prod(shape[1:])) ** 0.5 if shape[0] > 1 else 1))
     return {name: fill(name, shape) for name, shape in shapes.items()}
 
 
@@ -356,6 +356,27 @@ def small_inception(path, shrink=16):
     filled = random_tensors({name: w.shape for name, w in state.items() if w.dim() > 0})
     torch.save({**state, **filled}, path)
     return load_inception(str(path), shrink=shrink)
+
+
+def test_inception_as_published(tmp_path):
+    """Maximum for average in a branch's pooling (or TensorFlow's average with the padding), 1x7 for 7x1, branches out of order.
+
+    The expected numbers are this network's own, from the day when at full width it equalled pytorch-fid's (test_peers.py).
+    """
+    net = FIDInception(shrink=16)
+    noise = lambda n, k: (torch.sin(torch.arange(n, dtype=torch.float64) * 12.9898 + k) * 43758.5453).frac()    # in (-1,1)
+    state = {}
+    for k, (name, w) in enumerate(net.state_dict().items()):
+        if w.dim() > 0:
+            scale = (3 * 2 / w[0].numel()) ** 0.5 if w.dim() > 1 else 0.3
+            value = noise(w.numel(), k).view(w.shape).float() * scale
+            state[name.removeprefix("trunk.")] = value + name.endswith(("var", "bn.weight"))
+    torch.save(state, tmp_path / "inception.pth")
+    features, logits = load_inception(str(tmp_path / "inception.pth"), shrink=16)(noise(3 * 24 * 31, 0).view(1, 3, 24, 31))
+    expected = [1.65318, 0.05708, 0.09051, 2.38822, 0.0, 0.02722, 0.01966, 1.78508]
+    torch.testing.assert_close(features[0, ::16], torch.tensor(expected), rtol=1e-3, atol=1e-4)
+    expected = [-1.37122, -0.42558, 0.43796, -1.68781, -1.13043, -2.04889]
+    torch.testing.assert_close(logits[0, ::200], torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
 def test_inception_convention(tmp_path):
