@@ -77,7 +77,7 @@ class GPTFlags(RunConfig):
     views: int = arg(2, "views of each image in the code cache: centre crop, mirror image, then random crops", low=1, high=1000)
     cache: str = arg("", "folder of the code cache; empty: OUT/codes; none: encode the images at every step")
     batch_size: int = arg(32, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
-    max_steps: int = arg(3000, "optimizer steps; 0: as many as --epochs makes", low=0)
+    max_steps: int = arg(2800, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(300, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(2e-3, "peak learning rate", low=0.0)
     lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
@@ -86,8 +86,8 @@ class GPTFlags(RunConfig):
     weight_decay: float = arg(0.05, "AdamW weight decay of matrices", low=0.0)
     clip: float = arg(1.0, "gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.999, "decay of the weight average that sampling uses", low=0.0, high=1.0)
-    eval_every: int = arg(1500, "steps between evaluations with pictures", low=1)
-    save_every: int = arg(750, "steps between checkpoints", low=1)
+    eval_every: int = arg(1400, "steps between evaluations with pictures", low=1)
+    save_every: int = arg(700, "steps between checkpoints", low=1)
 
 
 @dataclasses.dataclass

@@ -584,14 +584,14 @@ class TokenizerConfig(RunConfig):
     disc_layers: int = arg(2, "strided layers of the PatchGAN", low=1, high=10)
     # optimisation
     batch_size: int = arg(8, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
-    max_steps: int = arg(2700, "optimizer steps; 0: as many as --epochs makes", low=0)
+    max_steps: int = arg(2500, "optimizer steps; 0: as many as --epochs makes", low=0)
     epochs: int = arg(2, "passes over the data, when --max-steps is 0", low=1)
     lr: float = arg(2e-3, "peak learning rate", low=0.0)
     lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
                            choices=("step", "cosine", "constant"))
     warmup: int = arg(50, "linear warm-up steps", low=0)
-    eval_every: int = arg(900, "steps between evaluations with pictures", low=1)
-    save_every: int = arg(450, "steps between checkpoints", low=1)
+    eval_every: int = arg(1250, "steps between evaluations with pictures", low=1)
+    save_every: int = arg(500, "steps between checkpoints", low=1)
     beta1: float = arg(0.9, "AdamW beta 1", low=0.0, high=0.9999)
     beta2: float = arg(0.95, "AdamW beta 2", low=0.0, high=0.99999)
     clip: float = arg(5.0, "gradient norm is clipped to this", low=1e-9)

@@ -462,19 +462,21 @@ def test_stats_and_gen_agree(judge, folder, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Linear probe, sweep, source ablation
 
-def probe_accuracy(shuffled, seed=0):
+def probe_accuracy(shuffled, seed=0, val_classes=10):
     g = torch.Generator().manual_seed(seed)
     centers, labels = torch.randn(10, 16, generator=g) * 50 + 300, torch.arange(1500) % 10      # far from 0: the norm must help
     x = centers[labels] + 20 * torch.randn(1500, 16, generator=g)
     given = labels[torch.randperm(1500, generator=g)] if shuffled else labels
     args = argparse.Namespace(epochs=60, lr=0.01, seed=0)
-    return linear_probe((x[:1000], given[:1000]), (x[1000:], labels[1000:]), 10, args, "cpu")
+    val = torch.arange(1500)[1000:][labels[1000:] < val_classes]
+    return linear_probe((x[:1000], given[:1000]), (x[val], labels[val]), 10, args, "cpu")
 
 
 def test_probe_learns_what_is_there():
     """A probe that is not trained, in training mode when measured, or measured on other labels."""
     train, val = probe_accuracy(shuffled=False)
     assert train > 0.95 and val > 0.95
+    assert probe_accuracy(shuffled=False, val_classes=1)[1] > 0.95, "normalised by the images that are measured"
 
 
 def test_probe_of_shuffled_labels_is_chance():
