@@ -36,7 +36,6 @@ import os
 import shlex
 import sys
 import time
-import zipfile
 from collections import OrderedDict
 from typing import NamedTuple
 
@@ -55,11 +54,12 @@ from mergear import (GPT, MODES, GPTConfig, arccos_steps, decode_codes, decode_i
                      sample_codes)
 from recovery import (common_flags, enlarge, gather, load_recovery, make_folder, map_scale, merge_map, number, numbers,
                       open_tokenizer, pick_images, share, val_batches, write_results)
-from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfig, adamw, append_metrics, arg, canonical_source,
-                       check_batch, code_statistics, codes_to_bits, learning_rate, lfq_entropy, load_checkpoint, load_lpips,
-                       load_tokenizer, load_weights, loader_workers, match_tokens, mean_over_ranks, merge_schedule, merge_tokens,
-                       parse_config, pick_device, plot_curves, plot_rows, prepare_out, psnr, reading, save_checkpoint, seeded,
-                       start_run, update_ema, weights_hash)
+from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfig, adamw, any_rank, append_metrics, arg,
+                       canonical_source, check_bad, check_batch, code_statistics, codes_to_bits, disk_may_fail, learning_rate,
+                       lfq_entropy, load_checkpoint, load_lpips, load_tokenizer, load_weights, loader_workers, match_tokens,
+                       mean_over_ranks, merge_schedule, merge_tokens, no_sync, parallel, parse_config, pick_device, plot_curves,
+                       plot_rows, prepare_out, psnr, reading, save_checkpoint, seeded, start_run, trim_metrics, update_ema,
+                       weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,19 +598,20 @@ def read_reference(path, features, size):
     """npz of `stats`, or ADM's -> (mu (D,), sigma (D,D), real images (M,H,W,3) uint8 or None). Raises UserError."""
     try:
         with np.load(path) as file:
-            mu, sigma, made_with = file["mu"], file["sigma"], str(file.get("features_hash", ""))
+            mu, sigma = (torch.as_tensor(file[name]).double() for name in ("mu", "sigma"))
+            made_with = str(file.get("features_hash", ""))
             pixels, made_size = file.get("arr_0"), int(file.get("size", size))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile, EOFError) as e:
+    except Exception as e:  # a damaged zip can raise anything
         raise UserError(f"--reference {path} cannot be read ({e}): pass an npz with mu and sigma, as `eval.py stats` writes it")
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise UserError(f"--reference {path}: mu is {mu.shape}, sigma {sigma.shape}; (D,) and (D,D) are needed")
+        raise UserError(f"--reference {path}: mu is {tuple(mu.shape)}, sigma {tuple(sigma.shape)}; (D,), (D,D) are needed")
     if made_with != features.record["features_hash"] and (made_with or features.judge):  # ADM's files name no network
         raise UserError(f"--reference {path} was not made with these {features.record['features']} features: "
                         "make another one by `python eval.py stats`")
     if made_size != size:
         raise UserError(f"--reference {path} was made of images of {made_size} px, but these have {size} px: "
                         f"make another one by `python eval.py stats --size {size}`")
-    return torch.as_tensor(mu).double(), torch.as_tensor(sigma).double(), pixels
+    return mu, sigma, pixels
 
 
 def open_reference(args, features, size, run):
@@ -673,6 +674,7 @@ def read_samples(path, num):
     except Exception as e:  # a damaged zip can raise anything
         raise UserError(f"--samples {path} cannot be read ({e}): pass an npz with images in arr_0 and labels in arr_1")
     fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and labels.shape == pixels.shape[:1]
+    fits = fits and labels.dtype.kind in "iu"
     if not fits or not len(labels) or labels.min() < 0:
         raise UserError(f"--samples {path}: arr_0 is {pixels.dtype} {pixels.shape}, arr_1 {labels.shape}; "
                         "uint8 (N,H,W,3) and (N,) class ids are needed")
@@ -1036,17 +1038,18 @@ def finetune(argv):
     step, skipped = 0, 0
     if resume_from:
         state = load_checkpoint(resume_from, "finetuned", run.device)
-        for module, name in ((raw_model, "model"), (ema, "ema"), (optimizer, "optimizer")):
-            module.load_state_dict(state[name])
-        step, skipped = state["step"], state["skipped"]
+        with reading(f"--resume: {resume_from}"):
+            for module, name in ((raw_model, "model"), (ema, "ema"), (optimizer, "optimizer")):
+                module.load_state_dict(state[name])
+            step, skipped = state["step"], state["skipped"]
     if config.compile:
         raw_model.encoder.stem.compile()
-    model = raw_model
-    if run.world > 1:
-        model = nn.parallel.DistributedDataParallel(raw_model, [run.device.index] if run.device.type == "cuda" else None)
+    model = parallel(raw_model, run)
     stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world, config.workers)
     off = config.smoothing / train_set.num_classes
-    metrics_path, val_accuracy = os.path.join(config.out, "metrics.jsonl"), math.nan
+    metrics_path, val_accuracy, unsaved, streak = os.path.join(config.out, "metrics.jsonl"), math.nan, False, 0
+    if run.main:
+        trim_metrics(metrics_path, step)
     bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
     while True:
         last = step == config.max_steps
@@ -1054,10 +1057,14 @@ def finetune(argv):
             val_accuracy = accuracy(ema, val_batches(val_set, config.eval_num, config, "val", run), run)
             if run.main:
                 append_metrics(metrics_path, step=step, val_accuracy=val_accuracy)
-        if run.main and (step % config.save_every == 0 and step > 0 or last):
-            save_checkpoint(os.path.join(config.out, "ckpt.pt"), "finetuned", config=dataclasses.asdict(config),
-                            class_names=list(train_set.class_names), model=raw_model.state_dict(), ema=ema.state_dict(),
-                            optimizer=optimizer.state_dict(), step=step, skipped=skipped)
+        if last or step > 0 and step % config.save_every == 0 or unsaved and step % config.log_every == 0:
+            unsaved = True  # until it is done: then it is tried again with the next line of the log
+            with disk_may_fail(must=last):
+                if run.main:
+                    save_checkpoint(os.path.join(config.out, "ckpt.pt"), "finetuned", config.keep_last, step=step,
+                                    skipped=skipped, config=dataclasses.asdict(config), class_names=list(train_set.class_names),
+                                    model=raw_model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+                unsaved = False
         if last:
             break
         lr = learning_rate(step, config)
@@ -1070,18 +1077,21 @@ def finetune(argv):
             images, labels = next(stream)
             targets = F.one_hot(labels, train_set.num_classes) * (1 - config.smoothing) + off                # (b,C)
             images, targets = mix(erase(images, config.erasing, rng), targets, config, rng)
-            with contextlib.nullcontext() if m == config.accum - 1 or run.world == 1 else model.no_sync():
+            with no_sync(m < config.accum - 1, model):
                 with run.autocast():
                     _, logits = model(images.to(run.device))
                 loss = F.cross_entropy(logits.float(), targets.to(run.device))
                 (loss / config.accum).backward()
             total += loss.detach() / config.accum
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
-        if norm.isfinite():
+        bad, = any_rank(run, ~torch.isfinite(norm + total))
+        if not bad:
+            streak = 0
             optimizer.step()
             update_ema(ema, raw_model, config.ema, step)
         else:  # a bad step changes nothing
-            skipped += 1
+            skipped, streak = skipped + 1, streak + 1
+            check_bad(streak, step, config)
         optimizer.zero_grad(set_to_none=True)
         step += 1
         bar.update(1)

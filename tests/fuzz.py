@@ -20,6 +20,7 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -273,12 +274,14 @@ def fuzz_checkpoints(folder, num, dice, good, load):
 def fuzz_samples(folder, num, dice):
     """Mutated npz files -> (files, of which refused)."""
     buffer, refused = io.BytesIO(), 0
-    np.savez(buffer, arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.arange(4))
+    np.savez(buffer, arr_0=np.zeros((4, 8, 8, 3), np.uint8), arr_1=np.arange(4), mu=np.zeros(4), sigma=np.eye(4))
+    features = SimpleNamespace(record=dict(features_hash="", features="pixels"), judge=None)
     for n in range(num):
         path = os.path.join(folder, f"mutated{n}.npz")
         with open(path, "wb") as f:
             f.write(mutate(buffer.getvalue(), dice) if n else pickle.dumps(Bomb(os.path.join(folder, "pwned"))))
         refused += isinstance(attempt(path, evaluation.read_samples, path, 0), UserError)
+        attempt(path, evaluation.read_reference, path, features, 8)
     return num, refused
 
 

@@ -37,11 +37,11 @@ def last_step(out):
 
 
 def watch(main, argv, out, steps, log):
-    """Run and look twice -> vitals at steps / 10 and shortly before the end."""
+    """Run and look twice -> vitals at steps / 10 and shortly before the end, both between two evaluations."""
     pid, seen = start(main, argv, log=log), {}
     while alive(pid):
         step = last_step(out)
-        for mark in (steps // 10, steps - steps // 20):
+        for mark in (steps // 10 + 20, steps - 30):
             if step >= mark and mark not in seen:
                 os.kill(pid, signal.SIGSTOP)  # hold still for the picture
                 seen[mark] = vitals(pid)

@@ -421,6 +421,21 @@ def test_flags_are_agreed_on():
     assert ranks(main) == [0, 0]
 
 
+def test_two_ranks_with_accumulation_equal_one_process(place):
+    """Gradients averaged over ranks in every micro-batch or in none, statistics of one rank's micro-batch, the adaptive
+    weight of a rank. One batch of 8, and 2 ranks x 2 micro-batches x 2."""
+    changes = dict(batch_size=8, lr=1e-4, max_steps=3, disc_start=1)
+    train(place, "tokenizer", "one", **changes)
+    assert ranks(lambda rank: train(place, "tokenizer", "four", accum=2, **changes)) == [0, 0]
+    (one, rows), (four, rows_four) = read(place / "one"), read(place / "four")
+    for a, b in zip(rows, rows_four, strict=True):
+        for name in set(a) - {"usage", "perplexity", "bit_imbalance", "dead_bits"}:  # of rank 0's images
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), f"step {a['step']}: {name}"
+    for part in ("model", "ema", "disc"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(four[part][name], value, rtol=0, atol=5e-5, msg=lambda m: f"{part}.{name}: {m}")
+
+
 def test_one_bad_or_stopping_rank_is_enough(place, monkeypatch):
     """A NaN or a SIGTERM that one rank alone sees; and a run that goes on with 2 ranks where 1 process stopped."""
     stub = tokenizer.perceptual_stub
