@@ -829,9 +829,9 @@ def test_a_damaged_model_is_an_error(checkpoint, tmp_path):
     state = torch.load(checkpoint)
     state["ema"]["decoder.conv_out.bias"].fill_(math.nan)
     torch.save(state, tmp_path / "ckpt.pt")
-    for module, argv in ((evaluation, ["recon", "--features", "none"]), (recovery, [])):
-        with pytest.raises(UserError, match="not finite"):
-            module.main([*argv, "--ckpt", str(tmp_path / "ckpt.pt"), "--num", "4", "--device", "cpu", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="not finite"):
+        evaluation.main(["recon", "--features", "none", "--ckpt", str(tmp_path / "ckpt.pt"), "--num", "4", "--device", "cpu",
+                         "--out", str(tmp_path)])
     assert not list(tmp_path.glob("*.json"))
 
 
