@@ -52,6 +52,7 @@ def parse(argv=None):
     add("--device", "auto", "auto (cuda > mps > cpu) or a torch device")
     add("--dtype", "auto", "of the generator; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
     add("--batch-size", 32, "images asked for at a time")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step: minutes at first, for many images on a GPU")
     args = parser.parse_args(argv)
     for name, fine, remedy in (("cfg", 0 <= args.cfg <= 1000, "at least 0 and at most 1000"),
                                ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1000,
@@ -149,6 +150,8 @@ def main(argv=None):
         tokenizer.recovery = load_recovery(args.recovery, tokenizer)
     run = start_run(args)
     gpt, tokenizer = gpt.to(run.device, run.dtype), tokenizer.to(run.device)
+    if args.compile:
+        gpt.run_blocks, gpt.next_sub = torch.compile(gpt.run_blocks), torch.compile(gpt.next_sub)
     labels = torch.tensor(classes).repeat(math.ceil(args.num / len(classes)))[:args.num]    # (N,)
     names = [config.class_names[n] for n in labels] if config.num_classes else None
 

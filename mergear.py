@@ -399,9 +399,9 @@ class GPT(nn.Module):
 
     def _step(self, x, t, codes, cache):
         cache.begin(t, codes)
-        return self._run(x[:, None], (cache.cos[t], cache.sin[t]), cache)[:, 0]
+        return self.run_blocks(x[:, None], (cache.cos[t], cache.sin[t]), cache)[:, 0]
 
-    def _run(self, x, rope, cache):
+    def run_blocks(self, x, rope, cache):
         """x (R,n,D) -> (R,n,D) through all blocks, over a cache that knows where these rows go and what they may see."""
         for layer, block in enumerate(self.blocks):
             # keys are stored turned, so the order of the cache's rows does not matter
@@ -422,7 +422,7 @@ class GPT(nn.Module):
         x = torch.cat([pairs, asked[:, a:]], dim=1)                                        # (R,2a+b,D)
         rank = self.config.prefix + torch.cat([order[:, :a].repeat_interleave(2, dim=1), order[:, a:]], dim=1)
         cache.begin(t, None, x.shape[1], alone=order.shape[1] - a)
-        return self._run(x, (cache.cos[rank][:, None], cache.sin[rank][:, None]), cache)[:, 2 * a:]
+        return self.run_blocks(x, (cache.cos[rank][:, None], cache.sin[rank][:, None]), cache)[:, 2 * a:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -434,12 +434,13 @@ def bucket(n, limit):
 
 
 def empty_rows(gpt, sequences, rows):
-    """Keys and values of every layer, zeros of shape (depth, sequences * h, rows, D/h), in the type attention runs in."""
+    """Keys and values, a list of a tensor (sequences * h, rows, D/h) each layer, zeros in the type attention runs in. Not one
+    large tensor: torch.compile writes in place into a whole tensor only, and copies what a view is part of."""
     c, weight = gpt.config, gpt.mask_embed
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    shape = (c.depth, sequences * c.heads, rows, c.width // c.heads)
-    return weight.new_zeros(shape, dtype=dtype), weight.new_zeros(shape, dtype=dtype)
+    layers = lambda: [weight.new_zeros(sequences * c.heads, rows, c.width // c.heads, dtype=dtype) for _ in range(c.depth)]
+    return layers(), layers()
 
 
 class DenseCache:
@@ -447,13 +448,13 @@ class DenseCache:
     def __init__(self, gpt, sequences, rows):
         self.rows = rows
         self.keys, self.values = empty_rows(gpt, sequences, rows)
-        self.cos, self.sin = rope_table(gpt.config, self.keys.device)
+        self.cos, self.sin = rope_table(gpt.config, self.keys[0].device)
 
     def begin(self, t, codes, n=1, alone=0):
         """Where the n tokens of sequence rows t, t + 1, ... go and what they may see: decided once, for all layers. The
         last `alone` of them do not see each other."""
         self.new, self.visible = slice(t, t + n), bucket(t + n, self.rows)
-        column = torch.arange(self.visible, device=self.keys.device)
+        column = torch.arange(self.visible, device=self.keys[0].device)
         row = column[self.new, None]                                                       # (n,1)
         self.unseen = (column > row) | (column >= t + n - alone) & (column != row)         # (n,visible)
 
@@ -470,7 +471,7 @@ class DenseCache:
         return self.new.stop
 
     def nbytes(self):
-        return 2 * self.keys.nbytes
+        return 2 * sum(keys.nbytes for keys in self.keys)
 
 
 class CompactCache:
@@ -492,7 +493,7 @@ class CompactCache:
         self.firsts = self.prefix + self.window  # cache row of the first first position
         self.rows, self.forever = self.firsts + keep, c.prefix + c.length
         self.keys, self.values = empty_rows(gpt, sequences, self.rows)
-        device = self.keys.device
+        device = self.keys[0].device
         self.cos, self.sin = rope_table(c, device)
         # bookkeeping, the same for all layers and heads
         self.last_seen = torch.full((sequences, self.rows), -1, device=device)  # last sequence row that may see a cache row
@@ -508,7 +509,7 @@ class CompactCache:
         # a sample's arithmetic does not depend on its neighbours in the batch
         self.visible = bucket(self.firsts + min(max(i, 0), self.keep), self.rows)
         unseen = self.last_seen[:, :self.visible] < t
-        self.bias = torch.zeros_like(unseen, dtype=self.keys.dtype).masked_fill_(unseen, -math.inf)[:, None]   # (R,1,n)
+        self.bias = torch.zeros_like(unseen, dtype=self.keys[0].dtype).masked_fill_(unseen, -math.inf)[:, None]   # (R,1,n)
         if codes is None:
             row, seen = torch.full_like(self.count, t), self.forever
             self.stored = None
@@ -545,7 +546,7 @@ class CompactCache:
         return (self.last_seen > self.t).sum(1)
 
     def nbytes(self):
-        return 2 * self.keys.nbytes
+        return 2 * sum(keys.nbytes for keys in self.keys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

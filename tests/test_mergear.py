@@ -275,12 +275,12 @@ def test_compact_cache_stays_within_its_bound(window):
     def spoil(cache, i):
         used.append(cache.rows_in_use())
         unused = (cache.last_seen <= cache.t).repeat_interleave(cache.heads, 0)            # (Rh, rows)
-        cache.keys.masked_fill_(unused[None, ..., None], 1e3)
-        cache.values.masked_fill_(unused[None, ..., None], 1e3)
+        for rows in (*cache.keys, *cache.values):
+            rows.masked_fill_(unused[..., None], 1e3)
 
     cached = cached_logits(gpt, codes, labels, keep, spoil)[0]
     assert torch.allclose(cached, full_logits(gpt, codes, labels, keep)[0], atol=1e-4)
-    assert gpt.new_cache(6, keep).rows == 2 + keep + window == gpt.new_cache(6, keep).keys.shape[2]
+    assert gpt.new_cache(6, keep).rows == 2 + keep + window == gpt.new_cache(6, keep).keys[0].shape[1]
     used = torch.stack(used)
     assert used.max() == 2 + keep + window and used[:, 0].max() <= 3 + window  # one distinct code: one first
     assert used[-1, 0] == 3 + window
@@ -305,7 +305,7 @@ def test_compact_cache_under_autocast():
     gpt = small_gpt(mode="mergear", window=0)
     codes, labels = redundant_codes(4, 16, 16), torch.zeros(4, dtype=torch.long)
     with torch.autocast("cpu", torch.bfloat16):
-        assert gpt.new_cache(4, 4).keys.dtype == torch.bfloat16
+        assert gpt.new_cache(4, 4).keys[0].dtype == torch.bfloat16
         cached = cached_logits(gpt, codes, labels, 4)[0]
     assert torch.allclose(cached.float(), full_logits(gpt, codes, labels, 4)[0], atol=0.5)
 
