@@ -576,7 +576,7 @@ class TokenizerConfig(RunConfig):
     w_lecam: float = arg(0.01, "weight of LeCam regularisation of the discriminator", low=0.0)
     w_commit: float = arg(0.25, "weight of the commitment loss", low=0.0)
     w_entropy: float = arg(0.015, "weight of the LFQ entropy loss", low=0.0)
-    w_recovery: float = arg(0.02, "weight of source recovery", low=0.0)
+    w_recovery: float = arg(0.01, "weight of source recovery", low=0.0)
     w_align: float = arg(0.1, "weight of global alignment", low=0.0)
     disc_start: int = arg(4000, "step at which the discriminator starts; tiny: after its default run", low=0)
     disc_ramp: int = arg(1000, "steps over which the adversarial weight rises to --w-disc", low=0)
