@@ -20,13 +20,12 @@ What a Frechet distance looks at is --features: the CNN of train-classifier, who
 something within one project only, or the Inception network, whose numbers are called FID and IS. Other than 50,000 images
 are part of the name: FID-10k, fd-1000. Reconstructions are compared with the same val crops, samples with training images.
 
-Every command writes its numbers to a JSON file in --out, beside what one must know to compare them: the command, hashes of
-the weights and of the reference, the number of images, the data, the dtype, the seed. The metrics are plain functions at the
+What measures a checkpoint writes its numbers to a JSON file in --out, beside what one must know to compare them: the command,
+hashes of the weights and of the reference, the number of images, the data, the dtype, the seed. The metrics are plain functions at the
 top. They are computed in float64 from sums over images, so that no number depends on the batch size or on the number of
 processes beyond the rounding of the networks.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
@@ -70,7 +69,7 @@ def check_finite(name, values):
     values = torch.as_tensor(values).double()
     if not values.isfinite().all():
         raise UserError(f"{name}: {int((~values.isfinite()).sum())} of {values.numel()} values are not finite: "
-                        "the weights or the images may be damaged")
+                        "the weights, the images or the reference may be damaged")
     return values
 
 
@@ -258,9 +257,9 @@ class InceptionBlock(nn.ModuleDict):
 class FIDInception(nn.Module):
     """images (B,3,H,W) in [-1,1] of any size -> (features (B,2048), logits (B,1008)), float32 whatever the autocast.
 
-    As pytorch-fid does, the images are resized to 299 x 299, bilinear, align_corners=False, without antialias. The logits
-    leave the last layer's bias out, as in the Inception Score's first code and in ADM's evaluation, whose numbers the papers
-    quote. shrink divides every width (tests).
+    As pytorch-fid does, the images are resized to 299 x 299, bilinear, align_corners=False, without antialias. (TensorFlow's
+    resize differs a little, so FID against ADM's own statistics does too.) The logits leave the last layer's bias out, as the
+    Inception Score's first code, ADM's evaluator and torch-fidelity do. shrink divides every width (tests).
     """
     def __init__(self, shrink=1):
         super().__init__()
@@ -278,24 +277,10 @@ class FIDInception(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        with full_float32(images.device):
+        with torch.autocast(images.device.type, enabled=False):
             x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
             features = self.trunk(x).mean((2, 3))
             return features, features @ self.fc.weight.T
-
-
-@contextlib.contextmanager
-def full_float32(device):
-    """No autocast and no TF32 inside, which would move the features in the third digit."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def load_inception(path, device="cpu", shrink=1):
@@ -337,10 +322,10 @@ class Features(NamedTuple):
 def open_features(args, size, run, required=True):
     """--features for images of `size` px (0: any) -> Features. None for `none`, and where neither a classifier was named nor
     the default one exists, unless `required`."""
+    torch.set_float32_matmul_precision("highest")  # no TF32, whatever the features: it moves them in the third digit, and
+    torch.backends.cudnn.allow_tf32 = False        # numbers are compared with those of other machines
     if args.features == "none":
         return None
-    torch.set_float32_matmul_precision("highest")  # no TF32: a Frechet distance is compared with those of other machines
-    torch.backends.cudnn.allow_tf32 = False
     if args.features == "inception":
         network, judge, names = load_inception(args.inception_weights, run.device), {}, ("FID", "IS")
     elif not required and args.classifier == CLASSIFIER and not os.path.exists(CLASSIFIER):
@@ -431,6 +416,8 @@ def recon(args, argv):
     lpips = load_lpips(args.lpips_weights, args.vgg_weights, run.device) if args.lpips_weights else None
     keeps = args.keep or sorted({config.keep, config.length})
     rows, record = reconstruct(model, dataset, keeps, features, lpips, args, run)
+    if lpips:
+        record["lpips_hash"] = weights_hash(lpips.state_dict())
     unreadable = int(gather(torch.tensor([len(dataset.skipped())]), run).sum())
     if not run.main:
         return
@@ -599,19 +586,25 @@ def read_reference(path, features, size):
     try:
         with np.load(path) as file:
             mu, sigma = (torch.as_tensor(file[name]).double() for name in ("mu", "sigma"))
-            made_with = str(file.get("features_hash", ""))
-            pixels, made_size = file.get("arr_0"), int(file.get("size", size))
+            made_with, pixels = str(file.get("features_hash", "")), file.get("arr_0")
+            made_size = int(file.get("size", size if pixels is None else pixels.shape[1]))
     except Exception as e:  # a damaged zip can raise anything
         raise UserError(f"--reference {path} cannot be read ({e}): pass an npz with mu and sigma, as `eval.py stats` writes it")
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise UserError(f"--reference {path}: mu is {tuple(mu.shape)}, sigma {tuple(sigma.shape)}; (D,), (D,D) are needed")
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or pixels is not None and not are_pictures(pixels):
+        raise UserError(f"--reference {path}: mu is {tuple(mu.shape)}, sigma {tuple(sigma.shape)}; (D,), (D,D) are needed, and "
+                        "uint8 (N,H,W,3) where there is an arr_0")
     if made_with != features.record["features_hash"] and (made_with or features.judge):  # ADM's files name no network
         raise UserError(f"--reference {path} was not made with these {features.record['features']} features: "
                         "make another one by `python eval.py stats`")
     if made_size != size:
         raise UserError(f"--reference {path} was made of images of {made_size} px, but these have {size} px: "
                         f"make another one by `python eval.py stats --size {size}`")
+    check_finite(f"--reference {path}", torch.cat([mu[None], sigma]))
     return mu, sigma, pixels
+
+
+def are_pictures(array):
+    return array.dtype == np.uint8 and array.ndim == 4 and array.shape[-1] == 3
 
 
 def open_reference(args, features, size, run):
@@ -623,6 +616,9 @@ def open_reference(args, features, size, run):
     pixels = None
     if args.reference:
         mu, sigma, pixels = read_reference(args.reference, features, size)
+        seen = features(torch.zeros(1, 3, size, size))[0].shape[1]
+        if len(mu) != seen:  # said now, and not after 50,000 images have been drawn
+            raise UserError(f"--reference {args.reference} has {len(mu)} features, {features.record['features']} has {seen}")
     else:
         mu, sigma = statistics_of(dataset, features, args, run)
     rows = None
@@ -667,19 +663,20 @@ class Drawn(NamedTuple):
 
 
 def read_samples(path, num):
-    """npz of images (arr_0, uint8 NHWC) and asked classes (arr_1) -> both as arrays, the first num; 0: all."""
+    """npz of images (arr_0, uint8 NHWC) and asked classes (arr_1) -> both as arrays, the first num; 0: all. And what a file
+    of generate.py says about the models that it comes from."""
     try:
         with np.load(path) as file:
             pixels, labels = file["arr_0"], file["arr_1"]
+            made_by = {key: str(file[key]) for key in ("tokenizer", "generator", "weights") if key in file}
     except Exception as e:  # a damaged zip can raise anything
         raise UserError(f"--samples {path} cannot be read ({e}): pass an npz with images in arr_0 and labels in arr_1")
-    fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[-1] == 3 and labels.shape == pixels.shape[:1]
-    fits = fits and labels.dtype.kind in "iu"
+    fits = are_pictures(pixels) and labels.shape == pixels.shape[:1] and labels.dtype.kind in "iu"
     if not fits or not len(labels) or labels.min() < 0:
         raise UserError(f"--samples {path}: arr_0 is {pixels.dtype} {pixels.shape}, arr_1 {labels.shape}; "
                         "uint8 (N,H,W,3) and (N,) class ids are needed")
     num = num or len(labels)
-    return pixels[:num], labels[:num].astype(np.int64)
+    return pixels[:num], labels[:num].astype(np.int64), made_by
 
 
 def file_batches(pixels, args, run):
@@ -702,10 +699,11 @@ def drawn_batches(gpt, tokenizer, labels, cfg, args, run):
 
 def open_samples(args, run):
     """--samples -> Drawn."""
-    pixels, labels = read_samples(args.samples, args.num)
+    pixels, labels, made_by = read_samples(args.samples, args.num)
     args.ckpt, args.num = args.samples, len(pixels)
-    streams = [(None, file_batches(pixels, args, run))]
-    return Drawn(torch.from_numpy(labels), pixels.shape[1], int(labels.max()) + 1, streams, None, {})
+    labels, streams = torch.from_numpy(labels), [(None, file_batches(pixels, args, run))]
+    record = dict(made_by, samples_hash=weights_hash(dict(images=torch.from_numpy(pixels), labels=labels)))
+    return Drawn(labels, pixels.shape[1], int(labels.max()) + 1, streams, None, record)
 
 
 def open_generator(args, run):
@@ -714,10 +712,11 @@ def open_generator(args, run):
     if args.num < 1:
         raise UserError("--num 0 means all of --samples; pass how many images the generator shall draw")
     keep, num_classes = check_keep(args.keep, gpt.config), gpt.config.num_classes
+    record = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), weights="ema",
+                  temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, keep=keep)
     if gpt.config.mode == "randar":
         tokenizer.recovery = load_recovery(args.recovery, tokenizer)
-    record = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), weights="ema",
-                  recovery=weights_hash(tokenizer.recovery.state_dict()), temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, keep=keep)
+        record["recovery"] = weights_hash(tokenizer.recovery.state_dict())
     args.data = args.data or tokenizer.config.data
     gpt, labels = gpt.to(run.dtype), torch.arange(args.num) % max(1, num_classes)
     scales = args.cfg if num_classes else [1.0]  # without classes there is nothing to guide
@@ -1202,7 +1201,7 @@ def ablate_source(args, argv):
         print(f"{row['keep']:5}  {row['source']:<11} {row['accuracy']:8.2%} {row['psnr']:7.2f}"
               + "".join(f" {row[name]:10.4f}" for name in fd))
     write_results(os.path.join(args.out, "ablate_source.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
-                  tokenizer=weights_hash(model.state_dict()), recovery=args.recovery, **against_originals(features, reference),
+                  tokenizer=weights_hash(model.state_dict()), recovery=weights_hash(tuned.state_dict()), **against_originals(features, reference),
                   results=results)
     print(f"wrote {args.out}/ablate_source.json")
 

@@ -495,7 +495,7 @@ def plot_rows(rows, png_path, panels, x="step"):
     sheet = Image.new("RGB", (w * columns, h * math.ceil(len(panels) / columns)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, name in enumerate(panels):
-        points = [(r[x], r[name]) for r in rows if name in r and math.isfinite(r[name])]
+        points = [(r[x], r[name]) for r in rows if name in r and math.isfinite(float(r[name]))]   # "inf" too
         x0, y0 = 48 + w * (n % columns), 22 + h * (n // columns)
         x1, y1 = x0 + w - 62, y0 + h - 42
         draw.text((x0, y0 - 16), name, fill="black")

@@ -620,6 +620,76 @@ def test_erasing():
     assert 0.15 < (touched > 0).double().mean() < 0.35 and 0 < touched.max() <= 0.4 and images.abs().sum() == 0
 
 
+def one_step(checkpoint, folder, monkeypatch, out, *more):
+    """Fine-tune for a step -> (what the encoder was shown (B,3,H,W), targets of the loss (B,C), checkpoint)."""
+    seen, forward, loss = [], FineTuned.forward, torch.nn.functional.cross_entropy
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuned, "forward", lambda self, x: (seen.append(x), forward(self, x))[1])
+        patch.setattr(evaluation.F, "cross_entropy", lambda x, y: (seen.append(y), loss(x, y))[1])
+        off = "--mixup 0 --cutmix 0 --smoothing 0 --erasing 0 --warmup 0 --max-steps 1".split()
+        state, _ = finetuned(checkpoint, folder, out, *off, *more)
+    return seen[0], seen[1], state
+
+
+def test_each_regulariser_acts(checkpoint, folder, tmp_path, monkeypatch):
+    """A flag that is read and not used: what the encoder is shown and what the loss compares with, all off and one on."""
+    step = functools.partial(one_step, checkpoint, folder, monkeypatch)
+    images, targets, plain = step(tmp_path / "plain")
+    assert sorted(targets.unique().tolist()) == [0, 1]
+    for n, flag in enumerate(("--mixup 1", "--cutmix 1", "--erasing 1", "--smoothing 0.3", "--drop-path 0.9", "--layer-decay 0")):
+        other, mixed, state = step(tmp_path / str(n), *flag.split())
+        changed = (other != images).flatten(1).double().mean(1)                                   # share of each image
+        if "mix" in flag:
+            assert (mixed.count_nonzero(1) == 2).any() and torch.allclose(mixed.sum(1), torch.ones(len(mixed)))
+            assert changed.max() > 0.99 if flag == "--mixup 1" else 0 < changed.max() < 1
+        elif flag == "--smoothing 0.3":
+            torch.testing.assert_close(mixed, targets * 0.7 + 0.1)
+        else:
+            assert torch.equal(mixed, targets)
+        if "erasing" in flag:
+            assert 0 < changed.min() and changed.max() < 0.5
+        elif "mix" not in flag:
+            assert changed.max() == 0
+        moved = lambda name: not torch.equal(state["model"][name], torch.load(checkpoint)["ema"][name])
+        assert moved("encoder.stem.blocks.0.weight") == moved("encoder.blocks.2.mlp.up.weight") == (flag != "--layer-decay 0"), flag
+        if "drop-path" in flag:
+            assert not torch.equal(state["model"]["head.weight"], plain["model"]["head.weight"])
+
+
+def test_drop_path_is_on_every_block_but_the_first(checkpoint):
+    """Hooks on one kind of branch only, a chance that does not rise, a first block that is skipped."""
+    torch.manual_seed(0)
+    model, dropped = FineTuned(load_tokenizer(checkpoint).encoder, 64, 3, 0.8).train(), {}
+    for i, block in enumerate(model.encoder.blocks):
+        for name in ("attn", "mlp"):
+            look = lambda module, inputs, out, key=(i, name): dropped.setdefault(key, []).append(
+                (out[0] if isinstance(out, tuple) else out).flatten(1).abs().amax(1) == 0)
+            getattr(block, name).register_forward_hook(look)
+    with torch.no_grad():
+        model(random_images(400))
+        share = {key: torch.cat(found).double().mean().item() for key, found in dropped.items()}
+        assert share == pytest.approx({(i, name): chance for i, chance in enumerate((0, 0.4, 0.8)) for name in ("attn", "mlp")}, abs=0.1)
+        x = random_images(3)
+        assert torch.equal(model.eval()(x)[1], model(x)[1])
+
+
+def test_finetune_measures_the_average(checkpoint, folder, tmp_path):
+    """An average that does not follow or is not an average, or an accuracy of the raw weights."""
+    flags = "--max-steps 3 --warmup 0 --lr 0.01 --ema".split()
+    state, _ = finetuned(checkpoint, folder, tmp_path / "0", *flags, "0")
+    assert all(torch.equal(value, state["ema"][name]) for name, value in state["model"].items())
+    state, rows = finetuned(checkpoint, folder, tmp_path / "9", *flags, "0.9")
+    name, before = "encoder.blocks.0.mlp.up.weight", torch.load(checkpoint)["ema"]
+    apart = lambda a, b: (a[name] - b[name]).norm()
+    assert 0 < apart(state["ema"], before) < apart(state["model"], before)
+    model = FineTuned(load_tokenizer(checkpoint).encoder, 64, 3, 0.0)
+    model.load_state_dict(state["ema"])
+    images, labels = split_of(folder, "val")
+    with torch.no_grad():
+        expected = (model.eval()(images)[1].argmax(1).numpy() == labels).mean()
+    assert read_json(tmp_path, "9", "finetune.json")["val_top1"] == pytest.approx(expected, abs=0.06)     # an image of 18
+
+
 def finetuned(checkpoint, folder, out, *more):
     evaluation.main(["finetune", "--ckpt", checkpoint, "--data", folder, "--device", "cpu", "--batch-size", "12",
                      "--log-every", "1", "--workers", "0", "--out", str(out), *more])
@@ -660,30 +730,64 @@ end()
 """
 
 
-def test_two_ranks_equal_one_process(checkpoint, judge, folder, tmp_path):
-    """Images that two ranks measure or none does, means of means, moments of one rank, samples seeded by their rank."""
+@pytest.fixture(scope="module")
+def measured(checkpoint, judge, folder, tmp_path_factory):
+    """Every measuring command, on one process -> (folder of the results, a function that makes the commands for another)."""
     torch.manual_seed(0)
-    config = GPTConfig(mode="raster", width=16, depth=1, heads=2, bits=6, length=64, num_classes=10, keep=25, keeps=(16, 25, 36))
-    state, gpt = torch.load(checkpoint), str(tmp_path / "gpt.pt")
-    save_checkpoint(gpt, "generator", config=vars(config), ema=GPT(config).state_dict(),
-                    tokenizer=dict(config=state["config"], ema=state["ema"]))
+    place = tmp_path_factory.mktemp("measured")
+    config = GPTConfig(mode="randar", width=16, depth=1, heads=2, bits=6, length=64, num_classes=10, keep=25, keeps=(25,))
+    state, gpt, other = torch.load(checkpoint), GPT(config).state_dict(), load_tokenizer(checkpoint).recovery.state_dict()
+    save_checkpoint(place / "gpt.pt", "generator", config=vars(config), ema=gpt, tokenizer=dict(config=state["config"], ema=state["ema"]))
+    save_checkpoint(place / "recovery.pt", "recovery", model={name: value + 0.1 for name, value in other.items()},
+                    tokenizer=weights_hash(state["ema"]))
     images, labels = split_of(folder, "train")
-    np.savez(tmp_path / "samples.npz", evaluation.to_uint8(images), labels)
+    np.savez(place / "samples.npz", evaluation.to_uint8(images), labels, tokenizer="t", generator="g", weights="ema")
 
     def commands(out):
         common = ["--device", "cpu", "--data", folder, "--batch-size"]
-        measured, samples = ["--classifier", judge, "--out", str(out)], str(tmp_path / "samples.npz")
-        return [["recon", "--ckpt", checkpoint, *common, "5", "--num", "13", *measured],
+        measured, given = ["--classifier", judge, "--out", str(out)], ["--ckpt", checkpoint]
+        recovered = ["--recovery", str(place / "recovery.pt")]
+        return [["recon", *given, *common, "5", "--num", "13", *measured],
                 ["stats", *common, "5", *measured],
-                ["gen", "--samples", samples, "--num", "11", *common, "4", *measured, "--out", str(out / "file")],
-                ["gen", "--ckpt", gpt, "--num", "11", "--cfg", "2", *common, "4", *measured, "--out", str(out / "drawn")],
-                ["ablate-source", "--ckpt", checkpoint, *common, "5", *measured],
-                ["probe", "--ckpt", checkpoint, *common, "5", "--epochs", "2", "--out", str(out)],
-                ["finetune", "--ckpt", checkpoint, *common, "8", "--max-steps", "3", "--mixup", "0", "--cutmix", "0",
+                ["gen", "--samples", str(place / "samples.npz"), "--num", "11", *common, "4", *measured, "--out", str(out / "file")],
+                ["gen", "--ckpt", str(place / "gpt.pt"), *recovered, "--num", "11", "--cfg", "2", *common, "4", *measured,
+                 "--out", str(out / "drawn")],
+                ["ablate-source", *given, *common, "5", *measured, *recovered],
+                ["probe", *given, *common, "5", "--epochs", "2", "--out", str(out)],
+                ["sweep", *given, *common, "5", "--epochs", "2", "--keep", "16,64", *measured],
+                ["finetune", *given, *common, "8", "--max-steps", "3", "--mixup", "0", "--cutmix", "0",
                  "--erasing", "0", "--log-every", "1", "--workers", "0", "--out", str(out / "finetune")]]
 
-    for argv in commands(tmp_path / "one"):
+    for argv in commands(place / "one"):
         evaluation.main(argv)
+    return place, commands
+
+
+def test_every_result_says_how_it_was_made(measured, checkpoint, judge):
+    """A number that nobody can compare: the recovery model's hash in place of the tokenizer's, a file of samples without one."""
+    place, _ = measured
+    tokenizer, gpt = weights_hash(torch.load(checkpoint)["ema"]), weights_hash(torch.load(place / "gpt.pt")["ema"])
+    recovery_hash = weights_hash(torch.load(place / "recovery.pt")["model"])
+    network, compared = {"features_hash": weights_hash(torch.load(judge)["model"])}, {"reference", "reference_hash"}
+    of_tokenizer = dict(tokenizer=tokenizer, weights="ema", checkpoint=checkpoint)
+    for name, num, values, keys in (
+            ("recon", 13, {**of_tokenizer, **network}, compared),
+            ("stats", 36, network, {"reference_hash", "split"}),
+            ("file/gen", 11, dict(tokenizer="t", generator="g", weights="ema", **network), compared | {"samples_hash"}),
+            ("drawn/gen", 11, dict(tokenizer=tokenizer, generator=gpt, recovery=recovery_hash, weights="ema", **network), compared),
+            ("ablate_source", 18, {**of_tokenizer, **network, "recovery": recovery_hash}, compared),
+            ("probe", 18, of_tokenizer, {"train_num", "epochs", "lr"}),
+            ("sweep", 18, {**of_tokenizer, **network}, compared | {"train_num", "epochs", "lr"}),
+            ("finetune/finetune", 18, of_tokenizer, {"steps", "keep"})):
+        record = read_json(place, "one", f"{name}.json")
+        expected = dict(values, num=num, seed=0, dtype="float32", device="cpu")
+        assert {key: record.get(key) for key in expected} == expected, name
+        assert keys < set(record) and record["command"].startswith("python eval.py "), name
+
+
+def test_two_ranks_equal_one_process(measured, tmp_path):
+    """Images that two ranks measure or none does, means of means, moments of one rank, samples seeded by their rank."""
+    place, commands = measured
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(root=ROOT, commands=commands(tmp_path / "two")))
     ranks = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
@@ -694,15 +798,15 @@ def test_two_ranks_equal_one_process(checkpoint, judge, folder, tmp_path):
     finally:
         ranks.terminate()
     assert ranks.returncode == 0, output
-    for name in ("recon", "file/gen", "drawn/gen", "ablate_source", "probe"):
-        one, two = (read_json(tmp_path, folder, f"{name}.json")["results"] for folder in ("one", "two"))
+    for name in ("recon", "file/gen", "drawn/gen", "ablate_source", "probe", "sweep"):
+        one, two = (read_json(folder, f"{name}.json")["results"] for folder in (place / "one", tmp_path / "two"))
         for a, b in zip(one, two, strict=True):
             for key in ("cfg", "per_class", "source", "features"):
                 assert a.pop(key, 0) == b.pop(key, 0), (name, key)
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9), name
-    with np.load(tmp_path / "one" / "stats.npz") as one, np.load(tmp_path / "two" / "stats.npz") as two:
+    with np.load(place / "one" / "stats.npz") as one, np.load(tmp_path / "two" / "stats.npz") as two:
         np.testing.assert_allclose(one["sigma"], two["sigma"], atol=1e-6 * one["sigma"].max())  # float32 features
-    one, two = ([json.loads(line) for line in open(tmp_path / name / "finetune" / "metrics.jsonl")] for name in ("one", "two"))
+    one, two = ([json.loads(line) for line in open(path / "finetune" / "metrics.jsonl")] for path in (place / "one", tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
@@ -783,8 +887,8 @@ def test_eight_bit_round_trip(tmp_path):
     rounded = eight_bit(images)
     assert (rounded - images).abs().max() <= 1 / 255 + 1e-6
     np.savez(tmp_path / "s.npz", evaluation.to_uint8(images), np.array([4, 2]))
-    read, labels = read_samples(tmp_path / "s.npz", 0)
-    assert torch.equal(from_uint8(read), rounded) and labels.tolist() == [4, 2]
+    read, labels, made_by = read_samples(tmp_path / "s.npz", 0)
+    assert torch.equal(from_uint8(read), rounded) and labels.tolist() == [4, 2] and made_by == {}
     assert len(read_samples(tmp_path / "s.npz", 1)[0]) == 1
 
 
@@ -822,6 +926,35 @@ def test_mistakes_get_one_line(mistake, checkpoint, tmp_path, monkeypatch, capfd
         run_main(lambda: module.main([checkpoint if part == "CKPT" else part for part in argv]))
     error = capfd.readouterr().err
     assert stop.value.code == 2 and len(error.strip().splitlines()) == 1 and word in error, error
+
+
+REFERENCES = {  # what stands in the file -> a word of the error
+    "nothing there": (None, "No such file"), "text": (b"<html>404: Not Found</html>", "cannot be read"),
+    "truncated": (dict(mu=np.zeros(64), sigma=np.eye(64)), "cannot be read"), "no sigma": (dict(mu=np.zeros(64)), "sigma"),
+    "wrong shape": (dict(mu=np.zeros(64), sigma=np.eye(63)), "(63, 63)"), "words": (dict(mu=["a"], sigma=["b"]), "cannot be read"),
+    "other features": (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "2048"), "nan": (dict(mu=np.zeros(64), sigma=np.eye(64) * np.nan), "4096"),
+    "no pictures": (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((4, 16))), "arr_0"),
+    "other size": (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((4, 32, 32, 3), np.uint8)), "32 px")}
+
+
+@pytest.mark.parametrize("damage", REFERENCES)
+def test_wrong_references_get_one_line(damage, judge, tmp_path, capfd):
+    """A traceback; statistics of other images or features that are noticed when 50,000 samples have been drawn, or never."""
+    content, word = REFERENCES[damage]
+    reference, samples = tmp_path / "reference.npz", str(tmp_path / "samples.npz")
+    if isinstance(content, dict):
+        np.savez(reference, **content, features_hash=weights_hash(torch.load(judge)["model"]))
+    elif content:
+        reference.write_bytes(content)
+    if damage == "truncated":
+        reference.write_bytes(reference.read_bytes()[:20_000])
+    np.savez(samples, np.zeros((12, 16, 16, 3), np.uint8), np.zeros(12, int))
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: evaluation.main(["gen", "--samples", samples, "--reference", str(reference), "--classifier", judge,
+                                          "--device", "cpu", "--out", str(tmp_path / "out")]))
+    output, error = capfd.readouterr()
+    assert stop.value.code == 2 and len(error.strip().splitlines()) == 1 and word in error and str(reference) in error, error
+    assert "precision" not in output, "the header of the table was printed already"
 
 
 def test_a_damaged_model_is_an_error(checkpoint, tmp_path):
