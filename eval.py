@@ -21,9 +21,9 @@ something within one project only, or the Inception network, whose numbers are c
 are part of the name: FID-10k, fd-1000. Reconstructions are compared with the same val crops, samples with training images.
 
 What measures a checkpoint writes its numbers to a JSON file in --out, beside what one must know to compare them: the command,
-hashes of the weights and of the reference, the number of images, the data, the dtype, the seed. The metrics are plain functions at the
-top. They are computed in float64 from sums over images, so that no number depends on the batch size or on the number of
-processes beyond the rounding of the networks.
+hashes of the weights and of the reference, the number of images, the data, the dtype, the seed. The metrics are plain functions
+at the top. They are computed in float64 from sums over images, so that no number depends on the batch size or on the number
+of processes beyond the rounding of the networks.
 """
 
 import copy
@@ -49,8 +49,8 @@ from tqdm import tqdm
 
 from data import UserError, batches, build_dataset, image_grid, run_main, to_uint8
 from generate import check_keep
-from mergear import (GPT, MODES, GPTConfig, arccos_steps, decode_codes, decode_in_turn, decode_parallel, load_generator, pick_codes,
-                     sample_codes)
+from mergear import (GPT, MODES, GPTConfig, arccos_steps, decode_codes, decode_in_turn, decode_parallel, load_generator,
+                     pick_codes, sample_codes)
 from recovery import (common_flags, enlarge, gather, load_recovery, make_folder, map_scale, merge_map, number, numbers,
                       open_tokenizer, pick_images, share, val_batches, write_results)
 from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfig, adamw, any_rank, append_metrics, arg,
@@ -349,11 +349,6 @@ def reference_hash(mu, sigma):
     return weights_hash(dict(mu=torch.as_tensor(mu), sigma=torch.as_tensor(sigma)))
 
 
-def against_originals(features, statistics):
-    """What to record beside an r-Frechet distance, whose reference are the val crops that were encoded."""
-    return dict(features.record, reference="the same val crops", reference_hash=reference_hash(*statistics)) if features else {}
-
-
 def labelled(name, num):
     """FID of 10,000 images -> "FID-10k": whatever was not measured on the customary 50,000 says so in its name."""
     if num == 50_000:
@@ -365,15 +360,16 @@ def labelled(name, num):
 # recon: how well the tokenizer gives images back
 
 @torch.no_grad()
-def reconstruct(model, dataset, keeps, features, lpips, args, run):
+def reconstruct(model, dataset, keeps, features, lpips, args, run, sources=None):
     """Encode and decode the first --num val images at each K -> (a dict of measures for each K, what to record beside them).
 
     Over all ranks. The reference of the Frechet distance are the very crops that were encoded; features and lpips may be None.
+    sources {name: Encoded -> source (b,L)}: other merge maps to decode with than the true one, each of them in its own row.
     """
-    bits = model.config.bits
-    counts = {keep: torch.zeros(2 ** bits, dtype=torch.long) for keep in keeps}
-    values = {keep: [] for keep in keeps}                                # (b,3 or 4) each: psnr, ssim, recovery, lpips
-    real, decoded_moments = Moments(), {keep: Moments() for keep in keeps}
+    bits, ways = model.config.bits, sources or {"true": lambda encoded: encoded.source}
+    cases = [(keep, name) for keep in keeps for name in ways]
+    values, counts = {case: [] for case in cases}, {keep: torch.zeros(2 ** bits, dtype=torch.long) for keep in keeps}
+    real, moments = Moments(), {case: Moments() for case in cases}
     for images, _ in val_batches(dataset, args.num, args, "reconstruct", run):
         images = images.to(run.device)
         if features:
@@ -381,31 +377,40 @@ def reconstruct(model, dataset, keeps, features, lpips, args, run):
         for keep in keeps:
             with run.autocast():
                 encoded = model.encode(images, keep)
-                predicted, decoded = model.recover(encoded.codes), model.decode(encoded.codes, encoded.source)
-            pair = (decoded, images) if run.device.type != "mps" else (decoded.cpu(), images.cpu())     # MPS has no float64
-            columns = [psnr(*pair), ssim(*pair), (predicted == encoded.source).float().mean(1)]
-            if lpips:
-                columns.append(lpips(decoded.clamp(-1, 1), images))
-            values[keep].append(torch.stack([column.double().cpu() for column in columns], 1))
+                predicted = model.recover(encoded.codes)
             counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** bits)
-            if features:
-                decoded_moments[keep].add(features(eight_bit(decoded))[0])
+            for name, way in ways.items():
+                with run.autocast():
+                    source = way(encoded)
+                    decoded = model.decode(encoded.codes, source)
+                pair = (decoded, images) if run.device.type != "mps" else (decoded.cpu(), images.cpu())     # MPS has no float64
+                columns = [psnr(*pair), ssim(*pair), *((s == encoded.source).float().mean(1) for s in (source, predicted))]
+                if lpips:
+                    columns.append(lpips(decoded.clamp(-1, 1), images))
+                values[keep, name].append(torch.stack([column.double().cpu() for column in columns], 1))      # (b,4 or 5)
+                if features:
+                    moments[keep, name].add(features(eight_bit(decoded))[0])
 
     rows, reference = [], real.statistics(run) if features else None
-    for keep in keeps:
-        table, seen = gather(torch.cat(values[keep]), run), gather(counts[keep][None], run).sum(0)
+    seen = {keep: gather(counts[keep][None], run).sum(0) for keep in keeps}
+    for keep, name in cases:
+        table = gather(torch.cat(values[keep, name]), run)
         check_finite(f"PSNR, SSIM, LPIPS at K = {keep}", table.masked_fill(table == math.inf, 0))      # equal images: PSNR inf
-        p, s, hits, *distance = table.mean(0).tolist()
-        usage, perplexity = code_statistics(seen)
-        imbalance, dead = bit_balance(seen, bits)
+        p, s, right, hits, *distance = table.mean(0).tolist()
+        usage, perplexity = code_statistics(seen[keep])
+        imbalance, dead = bit_balance(seen[keep], bits)
         row = dict(keep=keep, psnr=p if p < math.inf else "inf", ssim=s, usage=usage, perplexity=perplexity,
-                   bit_imbalance=imbalance, dead_bits=dead, recovery_accuracy=hits, codes_seen=int(seen.sum()))
+                   bit_imbalance=imbalance, dead_bits=dead, recovery_accuracy=hits, codes_seen=int(seen[keep].sum()))
+        if sources:
+            row.update(source=name, accuracy=right)
         if lpips:
             row["lpips"] = distance[0]
         if features:
-            row[features.r_name(args.num)] = frechet_distance(*reference, *decoded_moments[keep].statistics(run))
+            row[features.r_name(args.num)] = frechet_distance(*reference, *moments[keep, name].statistics(run))
         rows.append(row)
-    return rows, against_originals(features, reference)
+    if not features:
+        return rows, {}
+    return rows, dict(features.record, reference="the same val crops", reference_hash=reference_hash(*reference))
 
 
 @torch.no_grad()
@@ -1162,47 +1167,22 @@ def sweep(args, argv):
 def ablate_source(args, argv):
     model, dataset, run = open_tokenizer(args)
     config = model.config
-    keeps = args.keep or [config.keep]
-    guesses = {"true": lambda e: e.source, "predicted": lambda e: model.recover(e.codes)}
+    sources = {"true": lambda e: e.source, "predicted": lambda e: model.recover(e.codes)}
     tuned = load_recovery(args.recovery, model)
     if tuned is not model.recovery:
-        guesses["fine-tuned"] = lambda e: tuned(codes_to_bits(e.codes, config.bits)).argmax(-1)
+        sources["fine-tuned"] = lambda e: tuned(codes_to_bits(e.codes, config.bits)).argmax(-1)
     features = open_features(args, config.size, run, required=False)
-    cases = [(keep, name) for keep in keeps for name in guesses]
-    values, real, moments = {case: [] for case in cases}, Moments(), {case: Moments() for case in cases}
-    for images, _ in val_batches(dataset, args.num, args, "ablate source", run):
-        if features:
-            real.add(features(images)[0])
-        for keep in keeps:
-            with run.autocast():
-                encoded = model.encode(images.to(run.device), keep)
-            for name, guess in guesses.items():
-                with run.autocast():
-                    source = guess(encoded)
-                    decoded = model.decode(encoded.codes, source).cpu()
-                hits = (source == encoded.source).cpu().double().mean(1)
-                values[keep, name].append(torch.stack([hits, psnr(decoded, images)], 1))               # (b,2)
-                if features:
-                    moments[keep, name].add(features(eight_bit(decoded))[0])
-
-    results, reference = [], real.statistics(run) if features else None
-    for keep, name in cases:
-        table = check_finite(f"PSNR at K = {keep}", gather(torch.cat(values[keep, name]), run))
-        row = dict(keep=keep, source=name, accuracy=table[:, 0].mean().item(), psnr=table[:, 1].mean().item())
-        if features:
-            row[features.r_name(args.num)] = frechet_distance(*reference, *moments[keep, name].statistics(run))
-        results.append(row)
+    rows, record = reconstruct(model, dataset, args.keep or [config.keep], features, None, args, run, sources)
     if not run.main:
         return
     fd = [features.r_name(args.num)] if features else []
     print(f"{args.ckpt} on {args.num} val images of {args.data}, L = {config.length}")
     print(f"{'K':>5}  {'source':<11} {'accuracy':>8} {'PSNR':>7}" + "".join(f" {name:>10}" for name in fd))
-    for row in results:
-        print(f"{row['keep']:5}  {row['source']:<11} {row['accuracy']:8.2%} {row['psnr']:7.2f}"
+    for row in rows:
+        print(f"{row['keep']:5}  {row['source']:<11} {row['accuracy']:8.2%} {float(row['psnr']):7.2f}"
               + "".join(f" {row[name]:10.4f}" for name in fd))
     write_results(os.path.join(args.out, "ablate_source.json"), "eval.py", argv, args, run, size=config.size, weights="ema",
-                  tokenizer=weights_hash(model.state_dict()), recovery=weights_hash(tuned.state_dict()), **against_originals(features, reference),
-                  results=results)
+                  tokenizer=weights_hash(model.state_dict()), recovery=weights_hash(tuned.state_dict()), **record, results=rows)
     print(f"wrote {args.out}/ablate_source.json")
 
 
@@ -1299,7 +1279,8 @@ def speed(args, argv):
     add("merging", "images/s", {n: args.batch_size / s for n, s in fastest(forms, args.repeats, device).items()}, "matrix")
 
     z = torch.randn(1024, 12, generator=g).to(device).requires_grad_()
-    forms = {"factorised": lambda: sum(lfq_entropy(z)).backward(), "materialised": lambda: sum(entropy_of_all_codes(z)).backward()}
+    forms = {"factorised": lambda: sum(lfq_entropy(z)).backward(),
+             "materialised": lambda: sum(entropy_of_all_codes(z)).backward()}
     add("LFQ entropy, 1,024 tokens of 12 bits", "tokens/s",
         {n: len(z) / s for n, s in fastest(forms, args.repeats, device).items()}, "materialised")
 
@@ -1327,7 +1308,8 @@ def speed(args, argv):
     add("decoding, guided", "images/s", {mode: args.batch_size / s for mode, s in seconds.items()}, "raster")
     drawn = {mode: args.batch_size * (args.keep if mode == "randar" else args.length) for mode in MODES}
     add("decoding, guided", "codes/s", {mode: drawn[mode] / s for mode, s in seconds.items()}, "raster")
-    add("KV cache", "bytes", {mode: gpt.new_cache(2 * args.batch_size, args.keep).nbytes() for mode, gpt in gpts.items()}, "raster")
+    add("KV cache", "bytes", {mode: gpt.new_cache(2 * args.batch_size, args.keep).nbytes() for mode, gpt in gpts.items()},
+        "raster")
 
     record = dict(command=shlex.join(["python", "eval.py", *argv]), device=str(device), dtype=str(dtype), torch=torch.__version__,
                   threads=torch.get_num_threads(), steps=len(arccos_steps(args.keep)), **{
@@ -1335,8 +1317,9 @@ def speed(args, argv):
     if args.json:
         print(json.dumps(dict(record, results=table)))
         return
-    print(f"L = {args.length}, K = {args.keep}, window {args.window}, width {args.width} x {args.depth} blocks, batch {args.batch_size}, "
-          f"{dtype} on {device}, {record['threads']} threads; randar draws {args.keep} codes in {record['steps']} steps")
+    print(f"L = {args.length}, K = {args.keep}, window {args.window}, width {args.width} x {args.depth} blocks, "
+          f"batch {args.batch_size}, {dtype} on {device}, {record['threads']} threads; randar draws {args.keep} codes in "
+          f"{record['steps']} steps")
     for row in table:
         print(f"{row['what']:<38} {row['name']:<13} {row['value']:>14,.1f} {row['unit']:<9} x {row['ratio']:.2f}")
 
@@ -1423,17 +1406,19 @@ def main(argv=None):
     p.add_argument("--top-k", type=number(int, 0), default=0, help="sample among the k likeliest sub-tokens, 0: all (default 0)")
     p.add_argument("--top-p", type=number(float, 1e-6, 1), default=1.0, help="sample among this share of probability (default 1)")
     p.add_argument("--keep", type=number(int, 1), help="merge count told to a mergear or randar model (default: its own)")
-    p.add_argument("--recovery", default="auto", help="randar: checkpoint of recovery.py; auto: out/recovery/ckpt.pt if it fits; none")
+    p.add_argument("--recovery", default="auto", help="randar: checkpoint of recovery.py; auto: out/recovery/ckpt.pt if it fits; "
+                   "none")
     p = commands.add_parser("speed", description="Decoding, training, entropy and merging, as ratios within one run.")
     p.set_defaults(function=speed)
-    for name, default, help in (("length", 256, "codes of an image L, a square"), ("keep", 64, "merge count K"), ("window", 16, "of mergear"),
-                                ("bits", 18, "code bits d"), ("width", 256, "of the generators"), ("depth", 4, "blocks"), ("heads", 8, "heads"),
-                                ("batch-size", 8, "images at a time"), ("repeats", 2, "measurements, of which the fastest counts")):
+    for name, default, help in (("length", 256, "codes of an image L, a square"), ("keep", 64, "merge count K"),
+                                ("window", 16, "of mergear"), ("bits", 18, "code bits d"), ("width", 256, "of the generators"),
+                                ("depth", 4, "blocks"), ("heads", 8, "heads"), ("batch-size", 8, "images at a time"),
+                                ("repeats", 2, "measurements, of which the fastest counts")):
         p.add_argument(f"--{name}", type=number(int, 1), default=default, help=f"{help} (default {default})")
     p.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     p.add_argument("--seed", type=number(int, 0), default=0, help="of weights, codes and order (default 0)")
     p.add_argument("--device", default="auto", help="auto (cuda > mps > cpu) or a torch device")
-    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto is bfloat16 on CUDA, else float32")
+    p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: bfloat16 on CUDA")
     commands.add_parser("finetune", add_help=False)
     if argv[:1] == ["finetune"]:  # a training command: its flags come from its config, as in the training scripts
         finetune(argv[1:])

@@ -227,7 +227,8 @@ def test_ssim_properties():
     torch.testing.assert_close(ssim(a, b), ssim(b, a), rtol=1e-12, atol=0)
     assert (ssim(a, b) < 0.2).all() and (ssim(a, 0.9 * a) > 0.9).all()
     for metric in (ssim, psnr):
-        torch.testing.assert_close(torch.cat([metric(a[i:i + 1], b[i:i + 1]) for i in range(4)]), metric(a, b), rtol=1e-12, atol=0)
+        alone = torch.cat([metric(a[i:i + 1], b[i:i + 1]) for i in range(4)])
+        torch.testing.assert_close(alone, metric(a, b), rtol=1e-12, atol=0)
         assert metric(a, b).dtype == torch.float64
     with pytest.raises(UserError, match="11 px"):
         ssim(a[..., :10, :10], b[..., :10, :10])
@@ -651,7 +652,8 @@ def test_each_regulariser_acts(checkpoint, folder, tmp_path, monkeypatch):
         elif "mix" not in flag:
             assert changed.max() == 0
         moved = lambda name: not torch.equal(state["model"][name], torch.load(checkpoint)["ema"][name])
-        assert moved("encoder.stem.blocks.0.weight") == moved("encoder.blocks.2.mlp.up.weight") == (flag != "--layer-decay 0"), flag
+        for name in ("encoder.stem.blocks.0.weight", "encoder.blocks.2.mlp.up.weight"):
+            assert moved(name) == (flag != "--layer-decay 0"), (flag, name)
         if "drop-path" in flag:
             assert not torch.equal(state["model"]["head.weight"], plain["model"]["head.weight"])
 
@@ -668,7 +670,8 @@ def test_drop_path_is_on_every_block_but_the_first(checkpoint):
     with torch.no_grad():
         model(random_images(400))
         share = {key: torch.cat(found).double().mean().item() for key, found in dropped.items()}
-        assert share == pytest.approx({(i, name): chance for i, chance in enumerate((0, 0.4, 0.8)) for name in ("attn", "mlp")}, abs=0.1)
+        expected = {(i, name): chance for i, chance in enumerate((0, 0.4, 0.8)) for name in ("attn", "mlp")}
+        assert share == pytest.approx(expected, abs=0.1)
         x = random_images(3)
         assert torch.equal(model.eval()(x)[1], model(x)[1])
 
@@ -737,7 +740,8 @@ def measured(checkpoint, judge, folder, tmp_path_factory):
     place = tmp_path_factory.mktemp("measured")
     config = GPTConfig(mode="randar", width=16, depth=1, heads=2, bits=6, length=64, num_classes=10, keep=25, keeps=(25,))
     state, gpt, other = torch.load(checkpoint), GPT(config).state_dict(), load_tokenizer(checkpoint).recovery.state_dict()
-    save_checkpoint(place / "gpt.pt", "generator", config=vars(config), ema=gpt, tokenizer=dict(config=state["config"], ema=state["ema"]))
+    save_checkpoint(place / "gpt.pt", "generator", config=vars(config), ema=gpt,
+                    tokenizer=dict(config=state["config"], ema=state["ema"]))
     save_checkpoint(place / "recovery.pt", "recovery", model={name: value + 0.1 for name, value in other.items()},
                     tokenizer=weights_hash(state["ema"]))
     images, labels = split_of(folder, "train")
@@ -749,7 +753,8 @@ def measured(checkpoint, judge, folder, tmp_path_factory):
         recovered = ["--recovery", str(place / "recovery.pt")]
         return [["recon", *given, *common, "5", "--num", "13", *measured],
                 ["stats", *common, "5", *measured],
-                ["gen", "--samples", str(place / "samples.npz"), "--num", "11", *common, "4", *measured, "--out", str(out / "file")],
+                ["gen", "--samples", str(place / "samples.npz"), "--num", "11", *common, "4", *measured,
+                 "--out", str(out / "file")],
                 ["gen", "--ckpt", str(place / "gpt.pt"), *recovered, "--num", "11", "--cfg", "2", *common, "4", *measured,
                  "--out", str(out / "drawn")],
                 ["ablate-source", *given, *common, "5", *measured, *recovered],
@@ -774,7 +779,8 @@ def test_every_result_says_how_it_was_made(measured, checkpoint, judge):
             ("recon", 13, {**of_tokenizer, **network}, compared),
             ("stats", 36, network, {"reference_hash", "split"}),
             ("file/gen", 11, dict(tokenizer="t", generator="g", weights="ema", **network), compared | {"samples_hash"}),
-            ("drawn/gen", 11, dict(tokenizer=tokenizer, generator=gpt, recovery=recovery_hash, weights="ema", **network), compared),
+            ("drawn/gen", 11, dict(tokenizer=tokenizer, generator=gpt, recovery=recovery_hash, weights="ema", **network),
+             compared),
             ("ablate_source", 18, {**of_tokenizer, **network, "recovery": recovery_hash}, compared),
             ("probe", 18, of_tokenizer, {"train_num", "epochs", "lr"}),
             ("sweep", 18, {**of_tokenizer, **network}, compared | {"train_num", "epochs", "lr"}),
@@ -806,7 +812,8 @@ def test_two_ranks_equal_one_process(measured, tmp_path):
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9), name
     with np.load(place / "one" / "stats.npz") as one, np.load(tmp_path / "two" / "stats.npz") as two:
         np.testing.assert_allclose(one["sigma"], two["sigma"], atol=1e-6 * one["sigma"].max())  # float32 features
-    one, two = ([json.loads(line) for line in open(path / "finetune" / "metrics.jsonl")] for path in (place / "one", tmp_path / "two"))
+    one, two = ([json.loads(line) for line in open(path / "finetune" / "metrics.jsonl")]
+                for path in (place / "one", tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
@@ -822,7 +829,8 @@ def test_maps_writes_a_picture(checkpoint, tmp_path):
 def test_classifier_learns_and_loads(tmp_path, capsys):
     """A checkpoint that lacks the class names, a load that leaves it in training mode, labels shifted by one."""
     out = str(tmp_path / "classifier")
-    evaluation.main(["train-classifier", "--size", "16", "--max-steps", "30", "--batch-size", "32", "--device", "cpu", "--out", out])
+    evaluation.main(["train-classifier", "--size", "16", "--max-steps", "30", "--batch-size", "32", "--device", "cpu",
+                     "--out", out])
     model, state = load_classifier(os.path.join(out, "ckpt.pt"))
     assert not model.training and state["class_names"][3] == "star" and state["config"]["num_classes"] == 10
     assert state["val_accuracy"] > 0.15, "no better than chance"
@@ -850,17 +858,19 @@ def test_gen_draws_and_judges(checkpoint, judge, tmp_path):
     gpt = GPT(config)
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    save_checkpoint(path, "generator", config=vars(config), ema=gpt.state_dict(), tokenizer=dict(config=state["config"], ema=state["ema"]))
+    save_checkpoint(path, "generator", config=vars(config), ema=gpt.state_dict(),
+                    tokenizer=dict(config=state["config"], ema=state["ema"]))
     reference = str(tmp_path / "reference.npz")
     images = random_images(20)
     with torch.no_grad():
         mu, sigma = load_classifier(judge)[0](images)[0].mean(0), torch.eye(64)
-    np.savez(reference, mu=mu, sigma=sigma, arr_0=evaluation.to_uint8(images), features_hash=weights_hash(torch.load(judge)["model"]))
+    np.savez(reference, mu=mu, sigma=sigma, arr_0=evaluation.to_uint8(images),
+             features_hash=weights_hash(torch.load(judge)["model"]))
     records = []
     for batch_size in (12, 5):
         out = str(tmp_path / str(batch_size))
-        evaluation.main(["gen", "--ckpt", path, "--classifier", judge, "--num", "12", "--cfg", "1,2.5", "--batch-size", str(batch_size),
-                         "--reference", reference, "--device", "cpu", "--out", out])
+        evaluation.main(["gen", "--ckpt", path, "--classifier", judge, "--num", "12", "--cfg", "1,2.5",
+                         "--batch-size", str(batch_size), "--reference", reference, "--device", "cpu", "--out", out])
         records.append(read_json(out, "gen.json"))
         assert {"samples_cfg1.png", "samples_cfg2.5.png"} < set(os.listdir(out))
     for a, b in zip(*(record["results"] for record in records)):
@@ -931,8 +941,10 @@ def test_mistakes_get_one_line(mistake, checkpoint, tmp_path, monkeypatch, capfd
 REFERENCES = {  # what stands in the file -> a word of the error
     "nothing there": (None, "No such file"), "text": (b"<html>404: Not Found</html>", "cannot be read"),
     "truncated": (dict(mu=np.zeros(64), sigma=np.eye(64)), "cannot be read"), "no sigma": (dict(mu=np.zeros(64)), "sigma"),
-    "wrong shape": (dict(mu=np.zeros(64), sigma=np.eye(63)), "(63, 63)"), "words": (dict(mu=["a"], sigma=["b"]), "cannot be read"),
-    "other features": (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "2048"), "nan": (dict(mu=np.zeros(64), sigma=np.eye(64) * np.nan), "4096"),
+    "wrong shape": (dict(mu=np.zeros(64), sigma=np.eye(63)), "(63, 63)"),
+    "words": (dict(mu=["a"], sigma=["b"]), "cannot be read"),
+    "other features": (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "2048"),
+    "nan": (dict(mu=np.zeros(64), sigma=np.full((64, 64), np.nan)), "4096"),
     "no pictures": (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((4, 16))), "arr_0"),
     "other size": (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((4, 32, 32, 3), np.uint8)), "32 px")}
 

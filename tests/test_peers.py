@@ -112,6 +112,6 @@ def test_ssim():
     package = pytest.importorskip("skimage.metrics")
     for size in ((32, 32), (11, 64), (47, 31)):
         a, b = images(2, *size), (images(2, *size) + 0.5 * images(2, *size, seed=1)).clamp(-1, 1)
-        theirs = [package.structural_similarity(*(t.double().numpy() for t in pair), channel_axis=0, data_range=2, gaussian_weights=True,
-                                                sigma=1.5, use_sample_covariance=False) for pair in zip(a, b)]
+        theirs = [package.structural_similarity(*(t.double().numpy() for t in pair), channel_axis=0, data_range=2, sigma=1.5,
+                                                gaussian_weights=True, use_sample_covariance=False) for pair in zip(a, b)]
         assert_equal(ssim(a, b), theirs)
