@@ -2,7 +2,7 @@
 
     python eval.py train-classifier                        # a small CNN that knows the classes, about a minute
     python eval.py recon                                   # r-Frechet, PSNR, SSIM, code usage of out/tokenizer/ckpt.pt on val
-    python eval.py recon --keep 16,36,64 --num 200         # several K, the first 200 images
+    python eval.py recon --keep 16,36,64 --num 200         # several K, 200 of the images
     python eval.py maps --keep 16,36,64                    # a picture of which patches merge
     python eval.py gen --cfg 1,1.5,2,3                     # samples against training images: Frechet, IS, precision, recall,
                                                            # and how many of them the CNN assigns to the asked class
@@ -57,8 +57,8 @@ from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfi
                        canonical_source, check_bad, check_batch, code_statistics, codes_to_bits, disk_may_fail, learning_rate,
                        lfq_entropy, load_checkpoint, load_lpips, load_tokenizer, load_weights, loader_workers, match_tokens,
                        mean_over_ranks, merge_schedule, merge_tokens, no_sync, parallel, parse_config, pick_device, plot_curves,
-                       plot_rows, prepare_out, psnr, reading, save_checkpoint, seeded, start_run, trim_metrics, update_ema,
-                       weights_hash)
+                       plot_rows, prepare_out, psnr, reading, save_checkpoint, seeded, start_run, subset, trim_metrics,
+                       update_ema, weights_hash)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,7 +361,7 @@ def labelled(name, num):
 
 @torch.no_grad()
 def reconstruct(model, dataset, keeps, features, lpips, args, run, sources=None):
-    """Encode and decode the first --num val images at each K -> (a dict of measures for each K, what to record beside them).
+    """Encode and decode --num val images at each K -> (a dict of measures for each K, what to record beside them).
 
     Over all ranks. The reference of the Frechet distance are the very crops that were encoded; features and lpips may be None.
     sources {name: Encoded -> source (b,L)}: other merge maps to decode with than the true one, each of them in its own row.
@@ -634,13 +634,6 @@ def open_reference(args, features, size, run):
         rows = torch.cat([features(images)[0] for images, _ in val_batches(dataset, chosen, args, "real images", run)])
     return Reference(mu, sigma, None if rows is None else gather(rows, run),
                      dict(reference=args.reference or f"train split of {args.data}", reference_hash=reference_hash(mu, sigma)))
-
-
-def subset(total, num, seed):
-    """`num` places of 0 ... total - 1 drawn by the seed, in order; all of them when num is 0 or more than there are."""
-    if num == 0 or num >= total:
-        return list(range(total))
-    return sorted(np.random.default_rng(seed).choice(total, num, replace=False).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

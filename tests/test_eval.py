@@ -26,8 +26,8 @@ from eval import (Classifier, FinetuneConfig, FineTuned, Moments, bit_balance, e
                   psnr, read_samples, ssim)
 from mergear import GPT, GPTConfig
 from recovery import merge_map, source_accuracy
-from tokenizer import (Encoded, MergeVQ, Run, TokenizerConfig, bit_statistics, load_tokenizer, merge_schedule, save_checkpoint,
-                       weights_hash)
+from tokenizer import (Encoded, MergeVQ, Run, TokenizerConfig, bit_statistics, load_tokenizer, merge_schedule, plot_rows, save_checkpoint,
+                       subset, val_loader, weights_hash)
 
 torch.set_num_threads(1)
 ONE = Run(0, 1, torch.device("cpu"), torch.float32)
@@ -357,7 +357,7 @@ def test_recon_equals_the_definition(checkpoint, tmp_path):
     row, = read_json(tmp_path, "recon.json")["results"]
     model = load_tokenizer(checkpoint)
     dataset = evaluation.build_dataset("shapes", "val", 16, train=False, seed=0)
-    images = torch.stack([dataset[i][0] for i in range(10)])
+    images = torch.stack([dataset[i][0] for i in subset(len(dataset), 10)])
     with torch.no_grad():
         encoded = model.encode(images)
         decoded = model.decode(encoded.codes, encoded.source)
@@ -415,6 +415,27 @@ def test_a_shifted_reconstruction_has_the_distance_of_its_means(judge, folder, t
     a, b = (network(x)[0].double().numpy() for x in (images, eight_bit((images + 16 / 127.5).clamp(-1, 1))))
     expected = frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
     assert expected > 1e-4 and row["rfd-18"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_some_images_are_of_all_classes(folder):
+    """The first ones of a folder, which are all of one class: a probe measured on it alone, an rFID-10k of 200 classes."""
+    dataset = evaluation.build_dataset(folder, "val", 16, train=False)
+    args = argparse.Namespace(batch_size=4, workers=0)
+    for loader in (recovery.val_batches(dataset, 9, args, ""), val_loader(dataset, args, ONE, 9)):
+        labels = torch.cat([labels for _, labels in loader])
+        assert len(labels) == 9 and set(labels.tolist()) == {0, 1, 2}
+    for total, num in ((18, 9), (10**6, 1000)):
+        rows = subset(total, num)
+        assert rows == sorted(set(rows)) == subset(total, num) and len(rows) == num and rows[-1] > 0.8 * total
+    parts = [subset(18, 9)[rank::2] for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == subset(18, 9) and subset(18, 0) == subset(18, 99) == list(range(18))
+
+
+def test_a_plot_leaves_infinite_values_out(tmp_path):
+    """A sweep that ends in a traceback because a tokenizer without loss has the PSNR "inf"."""
+    rows = [dict(keep=keep, psnr=psnr) for keep, psnr in ((1, 20.0), (2, 21.5), (4, "inf"))]
+    plot_rows(rows, tmp_path / "rows.png", ["psnr"], x="keep")
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "rows.png")))) > 10
 
 
 def test_names_say_how_many_images():
