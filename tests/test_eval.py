@@ -697,21 +697,18 @@ def test_drop_path_is_on_every_block_but_the_first(checkpoint):
         assert torch.equal(model.eval()(x)[1], model(x)[1])
 
 
-def test_finetune_measures_the_average(checkpoint, folder, tmp_path):
+def test_finetune_measures_the_average(checkpoint, folder, tmp_path, monkeypatch):
     """An average that does not follow or is not an average, or an accuracy of the raw weights."""
     flags = "--max-steps 3 --warmup 0 --lr 0.01 --ema".split()
     state, _ = finetuned(checkpoint, folder, tmp_path / "0", *flags, "0")
     assert all(torch.equal(value, state["ema"][name]) for name, value in state["model"].items())
-    state, rows = finetuned(checkpoint, folder, tmp_path / "9", *flags, "0.9")
+    measured = []
+    monkeypatch.setattr(evaluation, "accuracy", lambda model, *rest: measured.append(weights_hash(model.state_dict())) or 0.5)
+    state, _ = finetuned(checkpoint, folder, tmp_path / "9", *flags, "0.9")
     name, before = "encoder.blocks.0.mlp.up.weight", torch.load(checkpoint)["ema"]
     apart = lambda a, b: (a[name] - b[name]).norm()
     assert 0 < apart(state["ema"], before) < apart(state["model"], before)
-    model = FineTuned(load_tokenizer(checkpoint).encoder, 64, 3, 0.0)
-    model.load_state_dict(state["ema"])
-    images, labels = split_of(folder, "val")
-    with torch.no_grad():
-        expected = (model.eval()(images)[1].argmax(1).numpy() == labels).mean()
-    assert read_json(tmp_path, "9", "finetune.json")["val_top1"] == pytest.approx(expected, abs=0.06)     # an image of 18
+    assert measured == [weights_hash(state["ema"])] and read_json(tmp_path, "9", "finetune.json")["val_top1"] == 0.5
 
 
 def finetuned(checkpoint, folder, out, *more):
