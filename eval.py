@@ -52,7 +52,7 @@ from generate import check_keep
 from mergear import (GPT, MODES, GPTConfig, arccos_steps, decode_codes, decode_in_turn, decode_parallel, load_generator,
                      pick_codes, sample_codes)
 from recovery import (common_flags, enlarge, gather, load_recovery, make_folder, map_scale, merge_map, number, numbers,
-                      open_tokenizer, pick_images, share, val_batches, write_results)
+                      open_tokenizer, pick_images, recover, share, val_batches, write_results)
 from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfig, adamw, any_rank, append_metrics, arg,
                        canonical_source, check_bad, check_batch, code_statistics, codes_to_bits, disk_may_fail, learning_rate,
                        lfq_entropy, load_checkpoint, load_lpips, load_tokenizer, load_weights, loader_workers, match_tokens,
@@ -1163,7 +1163,7 @@ def ablate_source(args, argv):
     sources = {"true": lambda e: e.source, "predicted": lambda e: model.recover(e.codes)}
     tuned = load_recovery(args.recovery, model)
     if tuned is not model.recovery:
-        sources["fine-tuned"] = lambda e: tuned(codes_to_bits(e.codes, config.bits)).argmax(-1)
+        sources["fine-tuned"] = lambda e: recover(tuned, e.codes, config.bits)
     features = open_features(args, config.size, run, required=False)
     rows, record = reconstruct(model, dataset, args.keep or [config.keep], features, None, args, run, sources)
     if not run.main:

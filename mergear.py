@@ -258,10 +258,11 @@ class Block(nn.Module):
         self.norm1, self.qkv, self.proj = nn.RMSNorm(D, eps=1e-5), linear(D, 3 * D), linear(D, D)
         self.norm2, self.up, self.down = nn.RMSNorm(D, eps=1e-5), linear(D, 2 * hidden), linear(hidden, D)
 
-    def forward(self, x, attend):
-        """x (B,T,D); attend(q, k, v), each (B,h,T,D/h), -> (B,h,T,D/h)."""
+    def forward(self, x, attend, rope=None):
+        """x (B,T,D); attend(q, k, v), each (B,h,T,D/h), -> (B,h,T,D/h); rope: cos and sin of the angles of q and k."""
         B, T, D = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        (q, k), v = qkv[:2] if rope is None else rotate(qkv[:2], *rope), qkv[2]            # (B,h,T,D/h)
         x = x + self.dropout(self.proj(attend(q, k, v).transpose(1, 2).reshape(B, T, D)))
         gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.dropout(self.down(F.silu(gate) * up))
@@ -371,15 +372,10 @@ class GPT(nn.Module):
             causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
             inner = F.pad(mask[:, :-1, :-1], (P, 0, P, 0), value=True)                     # (B,T,T): prefix always seen
             mask = (causal & inner)[:, None]                                               # (B,1,T,T)
-        cos, sin = rope_table(c, x.device) if order is None else rope_of_pairs(c, order)
-        cos, sin = cos[..., :T, :], sin[..., :T, :]
-
-        def attend(q, k, v):
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
+        rope = [table[..., :T, :] for table in (rope_table(c, x.device) if order is None else rope_of_pairs(c, order))]
+        attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         for block in self.blocks:
-            x = block(x, attend)
+            x = block(x, attend, rope)
         x = x[:, P - 1:] if order is None else x[:, P::2]                                  # (B,N,D): the rows that predict
         return self.head(x, split_codes(codes, c.sub_bits)[..., :-1])
 
@@ -403,13 +399,13 @@ class GPT(nn.Module):
 
     def _step(self, x, t, codes, cache):
         cache.begin(t, codes)
-        return self._run(x[:, None], cache.cos[t], cache.sin[t], cache)[:, 0]
+        return self._run(x[:, None], (cache.cos[t], cache.sin[t]), cache)[:, 0]
 
-    def _run(self, x, cos, sin, cache):
+    def _run(self, x, rope, cache):
         """x (R,n,D) -> (R,n,D) through all blocks, over a cache that knows where these rows go and what they may see."""
         for layer, block in enumerate(self.blocks):
             # keys are stored turned, so the order of the cache's rows does not matter
-            x = block(x, lambda q, k, v: cache.attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v))
+            x = block(x, lambda q, k, v: cache.attend(layer, q, k, v), rope)
         return x
 
     def advance_pairs(self, codes, order, done, cache):
@@ -426,7 +422,7 @@ class GPT(nn.Module):
         x = torch.cat([pairs, asked[:, a:]], dim=1)                                        # (R,2a+b,D)
         rank = self.config.prefix + torch.cat([order[:, :a].repeat_interleave(2, dim=1), order[:, a:]], dim=1)
         cache.begin(t, None, x.shape[1], alone=order.shape[1] - a)
-        return self._run(x, cache.cos[rank][:, None], cache.sin[rank][:, None], cache)[:, 2 * a:]
+        return self._run(x, (cache.cos[rank][:, None], cache.sin[rank][:, None]), cache)[:, 2 * a:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -569,7 +565,7 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.to(torch.float32 if logits.device.type == "mps" else torch.float64) / temperature
+    logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     p = logits.softmax(-1)
@@ -578,9 +574,9 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         before = ordered.cumsum(-1) - ordered                                              # mass of those ahead
         least = ordered.masked_fill(before >= top_p, math.inf).min(-1, keepdim=True).values
         p = p.masked_fill(p < least, 0.0)
-    cumulative = p.cumsum(-1)
+    cumulative = p.cumsum(-1, dtype=u.dtype)                                               # float64 but on MPS
     total = cumulative[:, -1]
-    at = torch.minimum(u.to(p) * total, total * (1 - torch.finfo(p.dtype).eps))            # never beyond the last
+    at = torch.minimum(u * total, total * (1 - torch.finfo(u.dtype).eps))                  # never beyond the last
     return torch.searchsorted(cumulative, at[:, None], right=True)[:, 0]
 
 

@@ -40,8 +40,8 @@ from data import UserError, build_dataset, image_grid, run_main
 from mergear import code_batches, draw, draw_orders, join_codes, load_generator, open_codes
 from tokenizer import (RunConfig, Stop, adamw, any_rank, append_metrics, arg, check_bad, check_batch, check_trained,
                        codes_to_bits, disk_may_fail, dry_run, learning_rate, load_checkpoint, load_tokenizer, loader_workers,
-                       mean_over_ranks, merge_schedule, no_sync, parallel, parse_config, plot_curves, prepare_out,
-                       psnr, reading, resume_command, save_checkpoint, seeded, start_run, subset, trim_metrics,
+                       mean_over_ranks, merge_schedule, most_likely_source, no_sync, parallel, parse_config, plot_curves,
+                       prepare_out, psnr, reading, resume_command, save_checkpoint, seeded, start_run, subset, trim_metrics,
                        weights_hash, zero_rounding)
 
 
@@ -241,8 +241,8 @@ def draw_maps(model, images, keep, run, path, recoveries):
 
 
 def recover(recovery, codes, bits):
-    """codes (B,K) -> source (B,L), the most likely token of each position."""
-    return recovery(codes_to_bits(codes, bits)).argmax(-1)
+    """codes (B,K) -> source (B,L), the most likely one."""
+    return most_likely_source(recovery(codes_to_bits(codes, bits)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -277,8 +277,9 @@ def teacher_forced(gpt, codes, labels, keep, order, generator):
     logits = gpt(codes.gather(1, order), labels, torch.full_like(labels, keep), order=order)
     subs = []
     for part in logits:                                                        # (B,K,2^n) each
-        u = torch.rand(part.shape[:2], dtype=torch.float64, generator=generator)
-        subs.append(draw(part.flatten(0, 1), u.flatten().to(part.device)).view(codes.shape))
+        u = torch.rand(len(codes) * keep, dtype=torch.float64, generator=generator)
+        u = u.float() if part.device.type == "mps" else u  # which has no float64
+        subs.append(draw(part.flatten(0, 1), u.to(part.device)).view(codes.shape))
     return torch.empty_like(codes).scatter_(1, order, join_codes(torch.stack(subs, -1), c.sub_bits))
 
 

@@ -991,7 +991,8 @@ class SourceRecovery(nn.Module):
     """Predicts source from the K quantised tokens alone (paper Eq. 8, Table A2).
 
     L learnable queries go through a standard 2-layer transformer decoder over the K tokens, then each query is
-    classified among the tokens by a dot product. Tokens carry an embedding of their rank: equal codes stay distinct.
+    classified among the tokens by a dot product. Tokens carry an embedding of their rank: equal codes stay distinct. It is
+    stretched so that the first and the last rank meet the first and the last query: rank k of K is near position k L / K.
     """
     def __init__(self, config):
         super().__init__()
@@ -1007,9 +1008,36 @@ class SourceRecovery(nn.Module):
     def forward(self, bits):
         """bits (B,K,d) in {-1,+1} -> logits (B,L,K)."""
         B, K, _ = bits.shape
-        tokens = self.embed(bits) + self.rank[:, :K]                                       # (B,K,D)
+        rank = F.interpolate(self.rank.transpose(1, 2), K, mode="linear", align_corners=True).transpose(1, 2)   # (1,K,D)
+        tokens = self.embed(bits) + rank                                                   # (B,K,D)
         queries = self.layers(self.queries.expand(B, -1, -1), tokens)                      # (B,L,D)
         return queries @ self.keys(tokens).transpose(1, 2) / tokens.shape[-1] ** 0.5       # (B,L,K)
+
+
+@torch.no_grad()
+def most_likely_source(logits):
+    """Logits (B,L,K) of source -> the source (B,L) of largest sum of logits among those that can be.
+
+    Tokens are numbered by first position. So a position either opens the next token or belongs to one that is open, and the
+    last position has seen all K. best[k] is the largest sum so far with tokens 0 ... k open (Viterbi's recursion).
+    """
+    B, L, K = logits.shape
+    logits = logits.float()
+    open_score, open_token = logits.cummax(-1)                                 # (B,L,K): the best of tokens 0 ... k
+    best = torch.full((B, K), -torch.inf, device=logits.device)
+    best[:, 0] = logits[:, 0, 0]
+    opens = torch.zeros(B, L, K, dtype=torch.bool, device=logits.device)
+    for l in range(1, L):
+        opened, stayed = F.pad(best[:, :-1], (1, 0), value=-torch.inf) + logits[:, l], best + open_score[:, l]
+        opens[:, l] = opened > stayed
+        best = torch.maximum(opened, stayed)
+    source = torch.zeros(B, L, dtype=torch.long, device=logits.device)
+    k = torch.full((B, 1), K - 1, device=logits.device)                        # back from the end, where all are open
+    for l in range(L - 1, 0, -1):
+        opened = opens[:, l].gather(1, k)
+        source[:, l:l + 1] = torch.where(opened, k, open_token[:, l].gather(1, k))
+        k = k - opened.long()
+    return source
 
 
 class Encoded(NamedTuple):
@@ -1065,8 +1093,10 @@ class MergeVQ(nn.Module):
                 nn.init.ones_(m.scale.bias)
                 nn.init.zeros_(m.shift.weight)
             elif isinstance(m, SourceRecovery):
-                nn.init.trunc_normal_(m.queries, std=0.02)
-                nn.init.trunc_normal_(m.rank, std=0.02)
+                L, D = m.queries.shape[1:]
+                angle = torch.outer(torch.arange(L), L ** -torch.linspace(0, 1, (D + 1) // 2))
+                m.queries.copy_(torch.cat([angle.sin(), angle.cos()], -1)[:, :D] / 2)
+                m.rank.copy_(m.queries)
             elif isinstance(m, Encoder):
                 nn.init.trunc_normal_(m.cls, std=0.02)
                 if m.position is not None:
@@ -1086,7 +1116,7 @@ class MergeVQ(nn.Module):
 
     def recover(self, codes):
         """codes (B,K) -> source (B,L) predicted by source recovery."""
-        return self.recovery(codes_to_bits(codes, self.config.bits)).argmax(-1)
+        return most_likely_source(self.recovery(codes_to_bits(codes, self.config.bits)))
 
     def forward(self, images, keep):
         """The training pass: gradients cross the quantiser straight through. Returns Forward."""

@@ -22,7 +22,7 @@ import tokenizer
 from data import run_main
 from tokenizer import (VARIANTS, Attention, BitNorm, MergeVQ, TokenizerConfig, bits_to_codes, canonical_source,
                        codes_to_bits, keep_distribution, lfq_entropy, load_tokenizer, match_tokens, merge_schedule,
-                       merge_tokens, quantise, sample_keep, save_checkpoint, unmerge)
+                       merge_tokens, most_likely_source, quantise, sample_keep, save_checkpoint, unmerge)
 
 torch.set_num_threads(1)  # the models here are too small for more, and sums then have one order
 
@@ -349,6 +349,26 @@ def test_nothing_depends_on_the_batch():
         assert torch.equal(alone.codes, together.codes[rows]) and torch.equal(alone.source, together.source[rows])
         torch.testing.assert_close(model32.decode(alone.codes, alone.source), decoded[rows], rtol=0, atol=1e-5)
         assert torch.equal(model32.recover(alone.codes), recovered[rows])
+
+
+@pytest.mark.parametrize("L, K", [(5, 1), (5, 3), (6, 4), (4, 4)])
+def test_most_likely_source_against_all_maps(L, K):
+    """A wrong recursion: of all K^L maps, those that number K tokens by first position, the best one must be found."""
+    logits = torch.randn(20, L, K, generator=torch.Generator().manual_seed(0))
+    maps = torch.cartesian_prod(*(torch.arange(K),) * L)                                   # (K^L,L)
+    maps = maps[[sorted(set(m)) == list(range(K)) and list(dict.fromkeys(m)) == sorted(set(m)) for m in maps.tolist()]]
+    sums = logits[:, torch.arange(L), maps].sum(-1)                                        # (20,maps)
+    assert torch.equal(most_likely_source(logits), maps[sums.argmax(1)])
+    assert torch.equal(most_likely_source(-1e4 * logits), maps[sums.argmin(1)])  # large ones do not overflow
+
+
+def test_recovered_source_is_whole():
+    """A token that no position gets would be lost in the picture; at K = L there is nothing to recover."""
+    model = small_model()
+    for keep in (16, 25, 64):
+        source = model.recover(model.encode(random_images(3), keep).codes)
+        assert torch.equal(canonical_source(source), source) and (source.amax(1) == keep - 1).all(), f"keep {keep}"
+    assert torch.equal(source, torch.arange(64).expand(3, -1))
 
 
 def test_encode_writes_nothing():
