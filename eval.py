@@ -830,6 +830,8 @@ def linear_probe(train, val, num_classes, args, device):
     """Train BatchNorm without parameters and a linear layer on features (N,D) with labels (N,) -> (train, val) accuracy.
 
     AdamW, cosine, batches of 1,024 (all images where there are fewer). The layer starts at zero: --seed orders the images only.
+    The rate is far above what trains a network: half of the variance of the tokens lies in one direction, and at 0.001 all
+    that 90 passes over the 20,000 drawings reach is 30 % where 0.1 reaches 44 %, a random encoder 20 % and 32 %.
     """
     x, y = (t.to(device) for t in train)
     head = nn.Sequential(nn.BatchNorm1d(x.shape[1], affine=False), nn.Linear(x.shape[1], num_classes)).to(device)
@@ -1362,7 +1364,7 @@ def main(argv=None):
     def probe_flags(p):
         p.add_argument("--train-num", type=number(int, 0), default=0, help="training images of the probe, 0: all (default 0)")
         p.add_argument("--epochs", type=number(int, 1), default=90, help="passes over them (default 90)")
-        p.add_argument("--lr", type=number(float, 0), default=1e-3, help="initial learning rate (default 0.001)")
+        p.add_argument("--lr", type=number(float, 0), default=0.1, help="initial learning rate (default 0.1)")
 
     p = command("probe", probe, "Linear probe on frozen tokens, beside a random encoder and pixels.", tokenizer, "out/probe", 0)
     p.add_argument("--keep", type=numbers(int, 1), help="values of K (default: all L tokens, nothing merges)")
