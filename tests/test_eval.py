@@ -26,8 +26,8 @@ from eval import (Classifier, FinetuneConfig, FineTuned, Moments, bit_balance, e
                   psnr, read_samples, ssim)
 from mergear import GPT, GPTConfig
 from recovery import merge_map, source_accuracy
-from tokenizer import (Encoded, MergeVQ, Run, TokenizerConfig, bit_statistics, load_tokenizer, merge_schedule, plot_rows, save_checkpoint,
-                       subset, val_loader, weights_hash)
+from tokenizer import (Encoded, MergeVQ, Run, TokenizerConfig, bit_statistics, load_tokenizer, merge_schedule, plot_rows,
+                       save_checkpoint, subset, val_loader, weights_hash)
 
 torch.set_num_threads(1)
 ONE = Run(0, 1, torch.device("cpu"), torch.float32)
