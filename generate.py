@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import UserError, image_grid, run_main, to_uint8
 from mergear import decode_codes, load_generator, sample_codes
 from recovery import load_recovery, make_folder
-from tokenizer import Parser, start_run
+from tokenizer import Parser, start_run, weights_hash
 
 IN_PICTURE = 200  # images in samples.png at most
 
@@ -144,6 +144,7 @@ def main(argv=None):
     args = parse(argv)
     gpt, tokenizer = load_generator(args.ckpt)
     config = gpt.config
+    made_by = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), weights="ema")
     classes, keep = choose_classes(args.classes, config), check_keep(args.keep, config)
     steps, scales = check_steps(args.steps, keep, config), read_sweep(args.cfg_sweep) if args.cfg_sweep else []
     if config.mode == "randar":
@@ -195,7 +196,7 @@ def main(argv=None):
         print(f"wrote {os.path.join(args.out, 'samples.png')}" + (f" (the first {len(shown)})" if len(shown) < args.num else ""))
         if args.npz:
             partial = args.npz + ".tmp.npz"
-            np.savez(partial, arr_0=images, arr_1=labels.numpy())
+            np.savez(partial, arr_0=images, arr_1=labels.numpy(), **made_by)   # ADM's names, and what eval.py records
             os.replace(partial, args.npz)
             print(f"wrote {args.npz}")
     del images

@@ -40,9 +40,9 @@ from data import UserError, build_dataset, image_grid, run_main
 from mergear import code_batches, draw, draw_orders, join_codes, load_generator, open_codes
 from tokenizer import (RunConfig, Stop, adamw, any_rank, append_metrics, arg, check_bad, check_batch, check_trained,
                        codes_to_bits, disk_may_fail, dry_run, learning_rate, load_checkpoint, load_tokenizer, loader_workers,
-                       mean_over_ranks, merge_schedule, most_likely_source, no_sync, parallel, parse_config, plot_curves, prepare_out,
-                       psnr, reading, resume_command, save_checkpoint, seeded, start_run, trim_metrics, weights_hash,
-                       zero_rounding)
+                       mean_over_ranks, merge_schedule, most_likely_source, no_sync, parallel, parse_config, plot_curves,
+                       prepare_out, psnr, reading, resume_command, save_checkpoint, seeded, start_run, subset, trim_metrics,
+                       weights_hash, zero_rounding)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,8 +119,8 @@ def gather(rows, run):
 
 
 def val_batches(dataset, num, args, title, run=None):
-    """The first `num` images, or those of a list, in order; with `run` this rank's share. Yields (images, labels)."""
-    rows = range(min(num, len(dataset))) if isinstance(num, int) else num
+    """`num` images, the same at every call, or those of a list; with `run` this rank's share. Yields (images, labels)."""
+    rows = subset(len(dataset), num) if isinstance(num, int) else num
     if run is not None:
         rows = [rows[i] for i in share(len(rows), run)]
     loader = DataLoader(Subset(dataset, rows), batch_size=args.batch_size, num_workers=loader_workers(args))
@@ -189,7 +189,7 @@ def source_accuracy(predicted, source):
 
 @torch.no_grad()
 def measure(model, dataset, args, run, keep, recoveries):
-    """Accuracy and PSNR on the first --num images with each way to get a source: {name: dict(accuracy, psnr)}.
+    """Accuracy and PSNR on --num images with each way to get a source: {name: dict(accuracy, psnr)}.
 
     recoveries: {name: SourceRecovery}. Beside them the true source, and two guesses that do not look at the codes.
     """

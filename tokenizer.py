@@ -39,6 +39,7 @@ import time
 import warnings
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -495,7 +496,7 @@ def plot_rows(rows, png_path, panels, x="step"):
     sheet = Image.new("RGB", (w * columns, h * math.ceil(len(panels) / columns)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, name in enumerate(panels):
-        points = [(r[x], r[name]) for r in rows if name in r and math.isfinite(r[name])]
+        points = [(r[x], r[name]) for r in rows if name in r and math.isfinite(float(r[name]))]   # "inf" too
         x0, y0 = 48 + w * (n % columns), 22 + h * (n // columns)
         x1, y1 = x0 + w - 62, y0 + h - 42
         draw.text((x0, y0 - 16), name, fill="black")
@@ -512,7 +513,7 @@ def plot_rows(rows, png_path, panels, x="step"):
         draw.text((x0 - 44, y0 - 2), f"{high:.3g}", fill="gray")
         draw.text((x0 - 44, y1 - 10), f"{low:.3g}", fill="gray")
         draw.text((x0, y1 + 3), f"{x} {first}", fill="gray")
-        draw.text((x1 - 40, y1 + 3), f"{last}", fill="gray")
+        draw.text((x1 - draw.textlength(f"{last}"), y1 + 3), f"{last}", fill="gray")
     sheet.save(png_path)
 
 
@@ -1470,9 +1471,17 @@ def bit_statistics(codes, d):
     return (on - 0.5).abs().max().item(), int(((on == 0) | (on == 1)).sum())
 
 
+def subset(total, num, seed=0):
+    """`num` places of 0 ... total - 1 drawn by the seed, in order; all of them when num is 0 or more than there are. The first
+    ones would be of a few classes only, as class folders are read one after the other."""
+    if num == 0 or num >= total:
+        return list(range(total))
+    return sorted(np.random.default_rng(seed).choice(total, num, replace=False).tolist())
+
+
 def val_loader(dataset, config, run, num):
-    """This rank's share of the first `num` validation images, in order: yields (images, labels)."""
-    share = torch.utils.data.Subset(dataset, range(run.rank, min(num, len(dataset)), run.world))
+    """This rank's share of `num` validation images, the same at every call: yields (images, labels)."""
+    share = torch.utils.data.Subset(dataset, subset(len(dataset), num)[run.rank::run.world])
     return torch.utils.data.DataLoader(share, batch_size=min(64, max(16, config.batch_size)), num_workers=max(0, config.workers),
                                        worker_init_fn=ignore_signals)
 

@@ -26,8 +26,8 @@ from eval import (Classifier, FinetuneConfig, FineTuned, Moments, bit_balance, e
                   psnr, read_samples, ssim)
 from mergear import GPT, GPTConfig
 from recovery import merge_map, source_accuracy
-from tokenizer import (Encoded, MergeVQ, Run, TokenizerConfig, bit_statistics, load_tokenizer, merge_schedule, save_checkpoint,
-                       weights_hash)
+from tokenizer import (Encoded, MergeVQ, Run, TokenizerConfig, bit_statistics, load_tokenizer, merge_schedule, plot_rows,
+                       save_checkpoint, subset, val_loader, weights_hash)
 
 torch.set_num_threads(1)
 ONE = Run(0, 1, torch.device("cpu"), torch.float32)
@@ -227,7 +227,8 @@ def test_ssim_properties():
     torch.testing.assert_close(ssim(a, b), ssim(b, a), rtol=1e-12, atol=0)
     assert (ssim(a, b) < 0.2).all() and (ssim(a, 0.9 * a) > 0.9).all()
     for metric in (ssim, psnr):
-        torch.testing.assert_close(torch.cat([metric(a[i:i + 1], b[i:i + 1]) for i in range(4)]), metric(a, b), rtol=1e-12, atol=0)
+        alone = torch.cat([metric(a[i:i + 1], b[i:i + 1]) for i in range(4)])
+        torch.testing.assert_close(alone, metric(a, b), rtol=1e-12, atol=0)
         assert metric(a, b).dtype == torch.float64
     with pytest.raises(UserError, match="11 px"):
         ssim(a[..., :10, :10], b[..., :10, :10])
@@ -356,7 +357,7 @@ def test_recon_equals_the_definition(checkpoint, tmp_path):
     row, = read_json(tmp_path, "recon.json")["results"]
     model = load_tokenizer(checkpoint)
     dataset = evaluation.build_dataset("shapes", "val", 16, train=False, seed=0)
-    images = torch.stack([dataset[i][0] for i in range(10)])
+    images = torch.stack([dataset[i][0] for i in subset(len(dataset), 10)])
     with torch.no_grad():
         encoded = model.encode(images)
         decoded = model.decode(encoded.codes, encoded.source)
@@ -414,6 +415,27 @@ def test_a_shifted_reconstruction_has_the_distance_of_its_means(judge, folder, t
     a, b = (network(x)[0].double().numpy() for x in (images, eight_bit((images + 16 / 127.5).clamp(-1, 1))))
     expected = frechet_distance(a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
     assert expected > 1e-4 and row["rfd-18"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_some_images_are_of_all_classes(folder):
+    """The first ones of a folder, which are all of one class: a probe measured on it alone, an rFID-10k of 200 classes."""
+    dataset = evaluation.build_dataset(folder, "val", 16, train=False)
+    args = argparse.Namespace(batch_size=4, workers=0)
+    for loader in (recovery.val_batches(dataset, 9, args, ""), val_loader(dataset, args, ONE, 9)):
+        labels = torch.cat([labels for _, labels in loader])
+        assert len(labels) == 9 and set(labels.tolist()) == {0, 1, 2}
+    for total, num in ((18, 9), (10**6, 1000)):
+        rows = subset(total, num)
+        assert rows == sorted(set(rows)) == subset(total, num) and len(rows) == num and rows[-1] > 0.8 * total
+    parts = [subset(18, 9)[rank::2] for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == subset(18, 9) and subset(18, 0) == subset(18, 99) == list(range(18))
+
+
+def test_a_plot_leaves_infinite_values_out(tmp_path):
+    """A sweep that ends in a traceback because a tokenizer without loss has the PSNR "inf"."""
+    rows = [dict(keep=keep, psnr=psnr) for keep, psnr in ((1, 20.0), (2, 21.5), (4, "inf"))]
+    plot_rows(rows, tmp_path / "rows.png", ["psnr"], x="keep")
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "rows.png")))) > 10
 
 
 def test_names_say_how_many_images():
@@ -620,6 +642,75 @@ def test_erasing():
     assert 0.15 < (touched > 0).double().mean() < 0.35 and 0 < touched.max() <= 0.4 and images.abs().sum() == 0
 
 
+def one_step(checkpoint, folder, monkeypatch, out, *more):
+    """Fine-tune for a step -> (what the encoder was shown (B,3,H,W), targets of the loss (B,C), checkpoint)."""
+    seen, forward, loss = [], FineTuned.forward, torch.nn.functional.cross_entropy
+    with monkeypatch.context() as patch:
+        patch.setattr(FineTuned, "forward", lambda self, x: (seen.append(x), forward(self, x))[1])
+        patch.setattr(evaluation.F, "cross_entropy", lambda x, y: (seen.append(y), loss(x, y))[1])
+        off = "--mixup 0 --cutmix 0 --smoothing 0 --erasing 0 --warmup 0 --max-steps 1".split()
+        state, _ = finetuned(checkpoint, folder, out, *off, *more)
+    return seen[0], seen[1], state
+
+
+def test_each_regulariser_acts(checkpoint, folder, tmp_path, monkeypatch):
+    """A flag that is read and not used: what the encoder is shown and what the loss compares with, all off and one on."""
+    step = functools.partial(one_step, checkpoint, folder, monkeypatch)
+    images, targets, plain = step(tmp_path / "plain")
+    assert sorted(targets.unique().tolist()) == [0, 1]
+    for n, flag in enumerate(("--mixup 1", "--cutmix 1", "--erasing 1", "--smoothing 0.3", "--drop-path 0.9", "--layer-decay 0")):
+        other, mixed, state = step(tmp_path / str(n), *flag.split())
+        changed = (other != images).flatten(1).double().mean(1)                                   # share of each image
+        if "mix" in flag:
+            assert (mixed.count_nonzero(1) == 2).any() and torch.allclose(mixed.sum(1), torch.ones(len(mixed)))
+            assert changed.max() > 0.99 if flag == "--mixup 1" else 0 < changed.max() < 1
+        elif flag == "--smoothing 0.3":
+            torch.testing.assert_close(mixed, targets * 0.7 + 0.1)
+        else:
+            assert torch.equal(mixed, targets)
+        if "erasing" in flag:
+            assert 0 < changed.min() and changed.max() < 0.5
+        elif "mix" not in flag:
+            assert changed.max() == 0
+        moved = lambda name: not torch.equal(state["model"][name], torch.load(checkpoint)["ema"][name])
+        for name in ("encoder.stem.blocks.0.weight", "encoder.blocks.2.mlp.up.weight"):
+            assert moved(name) == (flag != "--layer-decay 0"), (flag, name)
+        if "drop-path" in flag:
+            assert not torch.equal(state["model"]["head.weight"], plain["model"]["head.weight"])
+
+
+def test_drop_path_is_on_every_block_but_the_first(checkpoint):
+    """Hooks on one kind of branch only, a chance that does not rise, a first block that is skipped."""
+    torch.manual_seed(0)
+    model, dropped = FineTuned(load_tokenizer(checkpoint).encoder, 64, 3, 0.8).train(), {}
+    for i, block in enumerate(model.encoder.blocks):
+        for name in ("attn", "mlp"):
+            look = lambda module, inputs, out, key=(i, name): dropped.setdefault(key, []).append(
+                (out[0] if isinstance(out, tuple) else out).flatten(1).abs().amax(1) == 0)
+            getattr(block, name).register_forward_hook(look)
+    with torch.no_grad():
+        model(random_images(400))
+        share = {key: torch.cat(found).double().mean().item() for key, found in dropped.items()}
+        expected = {(i, name): chance for i, chance in enumerate((0, 0.4, 0.8)) for name in ("attn", "mlp")}
+        assert share == pytest.approx(expected, abs=0.1)
+        x = random_images(3)
+        assert torch.equal(model.eval()(x)[1], model(x)[1])
+
+
+def test_finetune_measures_the_average(checkpoint, folder, tmp_path, monkeypatch):
+    """An average that does not follow or is not an average, or an accuracy of the raw weights."""
+    flags = "--max-steps 3 --warmup 0 --lr 0.01 --ema".split()
+    state, _ = finetuned(checkpoint, folder, tmp_path / "0", *flags, "0")
+    assert all(torch.equal(value, state["ema"][name]) for name, value in state["model"].items())
+    measured = []
+    monkeypatch.setattr(evaluation, "accuracy", lambda model, *rest: measured.append(weights_hash(model.state_dict())) or 0.5)
+    state, _ = finetuned(checkpoint, folder, tmp_path / "9", *flags, "0.9")
+    name, before = "encoder.blocks.0.mlp.up.weight", torch.load(checkpoint)["ema"]
+    apart = lambda a, b: (a[name] - b[name]).norm()
+    assert 0 < apart(state["ema"], before) < apart(state["model"], before)
+    assert measured == [weights_hash(state["ema"])] and read_json(tmp_path, "9", "finetune.json")["val_top1"] == 0.5
+
+
 def finetuned(checkpoint, folder, out, *more):
     evaluation.main(["finetune", "--ckpt", checkpoint, "--data", folder, "--device", "cpu", "--batch-size", "12",
                      "--log-every", "1", "--workers", "0", "--out", str(out), *more])
@@ -660,30 +751,67 @@ end()
 """
 
 
-def test_two_ranks_equal_one_process(checkpoint, judge, folder, tmp_path):
-    """Images that two ranks measure or none does, means of means, moments of one rank, samples seeded by their rank."""
+@pytest.fixture(scope="module")
+def measured(checkpoint, judge, folder, tmp_path_factory):
+    """Every measuring command, on one process -> (folder of the results, a function that makes the commands for another)."""
     torch.manual_seed(0)
-    config = GPTConfig(mode="raster", width=16, depth=1, heads=2, bits=6, length=64, num_classes=10, keep=25, keeps=(16, 25, 36))
-    state, gpt = torch.load(checkpoint), str(tmp_path / "gpt.pt")
-    save_checkpoint(gpt, "generator", config=vars(config), ema=GPT(config).state_dict(),
+    place = tmp_path_factory.mktemp("measured")
+    config = GPTConfig(mode="randar", width=16, depth=1, heads=2, bits=6, length=64, num_classes=10, keep=25, keeps=(25,))
+    state, gpt, other = torch.load(checkpoint), GPT(config).state_dict(), load_tokenizer(checkpoint).recovery.state_dict()
+    save_checkpoint(place / "gpt.pt", "generator", config=vars(config), ema=gpt,
                     tokenizer=dict(config=state["config"], ema=state["ema"]))
+    save_checkpoint(place / "recovery.pt", "recovery", model={name: value + 0.1 for name, value in other.items()},
+                    tokenizer=weights_hash(state["ema"]))
     images, labels = split_of(folder, "train")
-    np.savez(tmp_path / "samples.npz", evaluation.to_uint8(images), labels)
+    np.savez(place / "samples.npz", evaluation.to_uint8(images), labels, tokenizer="t", generator="g", weights="ema")
 
     def commands(out):
         common = ["--device", "cpu", "--data", folder, "--batch-size"]
-        measured, samples = ["--classifier", judge, "--out", str(out)], str(tmp_path / "samples.npz")
-        return [["recon", "--ckpt", checkpoint, *common, "5", "--num", "13", *measured],
+        measured, given = ["--classifier", judge, "--out", str(out)], ["--ckpt", checkpoint]
+        recovered = ["--recovery", str(place / "recovery.pt")]
+        return [["recon", *given, *common, "5", "--num", "13", *measured],
                 ["stats", *common, "5", *measured],
-                ["gen", "--samples", samples, "--num", "11", *common, "4", *measured, "--out", str(out / "file")],
-                ["gen", "--ckpt", gpt, "--num", "11", "--cfg", "2", *common, "4", *measured, "--out", str(out / "drawn")],
-                ["ablate-source", "--ckpt", checkpoint, *common, "5", *measured],
-                ["probe", "--ckpt", checkpoint, *common, "5", "--epochs", "2", "--out", str(out)],
-                ["finetune", "--ckpt", checkpoint, *common, "8", "--max-steps", "3", "--mixup", "0", "--cutmix", "0",
+                ["gen", "--samples", str(place / "samples.npz"), "--num", "11", *common, "4", *measured,
+                 "--out", str(out / "file")],
+                ["gen", "--ckpt", str(place / "gpt.pt"), *recovered, "--num", "11", "--cfg", "2", *common, "4", *measured,
+                 "--out", str(out / "drawn")],
+                ["ablate-source", *given, *common, "5", *measured, *recovered],
+                ["probe", *given, *common, "5", "--epochs", "2", "--out", str(out)],
+                ["sweep", *given, *common, "5", "--epochs", "2", "--keep", "16,64", *measured],
+                ["finetune", *given, *common, "8", "--max-steps", "3", "--mixup", "0", "--cutmix", "0",
                  "--erasing", "0", "--log-every", "1", "--workers", "0", "--out", str(out / "finetune")]]
 
-    for argv in commands(tmp_path / "one"):
+    for argv in commands(place / "one"):
         evaluation.main(argv)
+    return place, commands
+
+
+def test_every_result_says_how_it_was_made(measured, checkpoint, judge):
+    """A number that nobody can compare: the recovery model's hash in place of the tokenizer's, a file of samples without one."""
+    place, _ = measured
+    tokenizer, gpt = weights_hash(torch.load(checkpoint)["ema"]), weights_hash(torch.load(place / "gpt.pt")["ema"])
+    recovery_hash = weights_hash(torch.load(place / "recovery.pt")["model"])
+    network, compared = {"features_hash": weights_hash(torch.load(judge)["model"])}, {"reference", "reference_hash"}
+    of_tokenizer = dict(tokenizer=tokenizer, weights="ema", checkpoint=checkpoint)
+    for name, num, values, keys in (
+            ("recon", 13, {**of_tokenizer, **network}, compared),
+            ("stats", 36, network, {"reference_hash", "split"}),
+            ("file/gen", 11, dict(tokenizer="t", generator="g", weights="ema", **network), compared | {"samples_hash"}),
+            ("drawn/gen", 11, dict(tokenizer=tokenizer, generator=gpt, recovery=recovery_hash, weights="ema", **network),
+             compared),
+            ("ablate_source", 18, {**of_tokenizer, **network, "recovery": recovery_hash}, compared),
+            ("probe", 18, of_tokenizer, {"train_num", "epochs", "lr"}),
+            ("sweep", 18, {**of_tokenizer, **network}, compared | {"train_num", "epochs", "lr"}),
+            ("finetune/finetune", 18, of_tokenizer, {"steps", "keep"})):
+        record = read_json(place, "one", f"{name}.json")
+        expected = dict(values, num=num, seed=0, dtype="float32", device="cpu")
+        assert {key: record.get(key) for key in expected} == expected, name
+        assert keys < set(record) and record["command"].startswith("python eval.py "), name
+
+
+def test_two_ranks_equal_one_process(measured, tmp_path):
+    """Images that two ranks measure or none does, means of means, moments of one rank, samples seeded by their rank."""
+    place, commands = measured
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(root=ROOT, commands=commands(tmp_path / "two")))
     ranks = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)],
@@ -694,15 +822,16 @@ def test_two_ranks_equal_one_process(checkpoint, judge, folder, tmp_path):
     finally:
         ranks.terminate()
     assert ranks.returncode == 0, output
-    for name in ("recon", "file/gen", "drawn/gen", "ablate_source", "probe"):
-        one, two = (read_json(tmp_path, folder, f"{name}.json")["results"] for folder in ("one", "two"))
+    for name in ("recon", "file/gen", "drawn/gen", "ablate_source", "probe", "sweep"):
+        one, two = (read_json(folder, f"{name}.json")["results"] for folder in (place / "one", tmp_path / "two"))
         for a, b in zip(one, two, strict=True):
             for key in ("cfg", "per_class", "source", "features"):
                 assert a.pop(key, 0) == b.pop(key, 0), (name, key)
             assert a == pytest.approx(b, rel=1e-5, abs=1e-9), name
-    with np.load(tmp_path / "one" / "stats.npz") as one, np.load(tmp_path / "two" / "stats.npz") as two:
+    with np.load(place / "one" / "stats.npz") as one, np.load(tmp_path / "two" / "stats.npz") as two:
         np.testing.assert_allclose(one["sigma"], two["sigma"], atol=1e-6 * one["sigma"].max())  # float32 features
-    one, two = ([json.loads(line) for line in open(tmp_path / name / "finetune" / "metrics.jsonl")] for name in ("one", "two"))
+    one, two = ([json.loads(line) for line in open(path / "finetune" / "metrics.jsonl")]
+                for path in (place / "one", tmp_path / "two"))
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
 
@@ -718,7 +847,8 @@ def test_maps_writes_a_picture(checkpoint, tmp_path):
 def test_classifier_learns_and_loads(tmp_path, capsys):
     """A checkpoint that lacks the class names, a load that leaves it in training mode, labels shifted by one."""
     out = str(tmp_path / "classifier")
-    evaluation.main(["train-classifier", "--size", "16", "--max-steps", "30", "--batch-size", "32", "--device", "cpu", "--out", out])
+    evaluation.main(["train-classifier", "--size", "16", "--max-steps", "30", "--batch-size", "32", "--device", "cpu",
+                     "--out", out])
     model, state = load_classifier(os.path.join(out, "ckpt.pt"))
     assert not model.training and state["class_names"][3] == "star" and state["config"]["num_classes"] == 10
     assert state["val_accuracy"] > 0.15, "no better than chance"
@@ -746,17 +876,19 @@ def test_gen_draws_and_judges(checkpoint, judge, tmp_path):
     gpt = GPT(config)
     for p in gpt.parameters():
         torch.nn.init.normal_(p, std=0.3)
-    save_checkpoint(path, "generator", config=vars(config), ema=gpt.state_dict(), tokenizer=dict(config=state["config"], ema=state["ema"]))
+    save_checkpoint(path, "generator", config=vars(config), ema=gpt.state_dict(),
+                    tokenizer=dict(config=state["config"], ema=state["ema"]))
     reference = str(tmp_path / "reference.npz")
     images = random_images(20)
     with torch.no_grad():
         mu, sigma = load_classifier(judge)[0](images)[0].mean(0), torch.eye(64)
-    np.savez(reference, mu=mu, sigma=sigma, arr_0=evaluation.to_uint8(images), features_hash=weights_hash(torch.load(judge)["model"]))
+    np.savez(reference, mu=mu, sigma=sigma, arr_0=evaluation.to_uint8(images),
+             features_hash=weights_hash(torch.load(judge)["model"]))
     records = []
     for batch_size in (12, 5):
         out = str(tmp_path / str(batch_size))
-        evaluation.main(["gen", "--ckpt", path, "--classifier", judge, "--num", "12", "--cfg", "1,2.5", "--batch-size", str(batch_size),
-                         "--reference", reference, "--device", "cpu", "--out", out])
+        evaluation.main(["gen", "--ckpt", path, "--classifier", judge, "--num", "12", "--cfg", "1,2.5",
+                         "--batch-size", str(batch_size), "--reference", reference, "--device", "cpu", "--out", out])
         records.append(read_json(out, "gen.json"))
         assert {"samples_cfg1.png", "samples_cfg2.5.png"} < set(os.listdir(out))
     for a, b in zip(*(record["results"] for record in records)):
@@ -783,8 +915,8 @@ def test_eight_bit_round_trip(tmp_path):
     rounded = eight_bit(images)
     assert (rounded - images).abs().max() <= 1 / 255 + 1e-6
     np.savez(tmp_path / "s.npz", evaluation.to_uint8(images), np.array([4, 2]))
-    read, labels = read_samples(tmp_path / "s.npz", 0)
-    assert torch.equal(from_uint8(read), rounded) and labels.tolist() == [4, 2]
+    read, labels, made_by = read_samples(tmp_path / "s.npz", 0)
+    assert torch.equal(from_uint8(read), rounded) and labels.tolist() == [4, 2] and made_by == {}
     assert len(read_samples(tmp_path / "s.npz", 1)[0]) == 1
 
 
@@ -822,6 +954,37 @@ def test_mistakes_get_one_line(mistake, checkpoint, tmp_path, monkeypatch, capfd
         run_main(lambda: module.main([checkpoint if part == "CKPT" else part for part in argv]))
     error = capfd.readouterr().err
     assert stop.value.code == 2 and len(error.strip().splitlines()) == 1 and word in error, error
+
+
+REFERENCES = {  # what stands in the file -> a word of the error
+    "nothing there": (None, "No such file"), "text": (b"<html>404: Not Found</html>", "cannot be read"),
+    "truncated": (dict(mu=np.zeros(64), sigma=np.eye(64)), "cannot be read"), "no sigma": (dict(mu=np.zeros(64)), "sigma"),
+    "wrong shape": (dict(mu=np.zeros(64), sigma=np.eye(63)), "(63, 63)"),
+    "words": (dict(mu=["a"], sigma=["b"]), "cannot be read"),
+    "other features": (dict(mu=np.zeros(2048), sigma=np.eye(2048)), "2048"),
+    "nan": (dict(mu=np.zeros(64), sigma=np.full((64, 64), np.nan)), "4096"),
+    "no pictures": (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((4, 16))), "arr_0"),
+    "other size": (dict(mu=np.zeros(64), sigma=np.eye(64), arr_0=np.zeros((4, 32, 32, 3), np.uint8)), "32 px")}
+
+
+@pytest.mark.parametrize("damage", REFERENCES)
+def test_wrong_references_get_one_line(damage, judge, tmp_path, capfd):
+    """A traceback; statistics of other images or features that are noticed when 50,000 samples have been drawn, or never."""
+    content, word = REFERENCES[damage]
+    reference, samples = tmp_path / "reference.npz", str(tmp_path / "samples.npz")
+    if isinstance(content, dict):
+        np.savez(reference, **content, features_hash=weights_hash(torch.load(judge)["model"]))
+    elif content:
+        reference.write_bytes(content)
+    if damage == "truncated":
+        reference.write_bytes(reference.read_bytes()[:20_000])
+    np.savez(samples, np.zeros((12, 16, 16, 3), np.uint8), np.zeros(12, int))
+    with pytest.raises(SystemExit) as stop:
+        run_main(lambda: evaluation.main(["gen", "--samples", samples, "--reference", str(reference), "--classifier", judge,
+                                          "--device", "cpu", "--out", str(tmp_path / "out")]))
+    output, error = capfd.readouterr()
+    assert stop.value.code == 2 and len(error.strip().splitlines()) == 1 and word in error and str(reference) in error, error
+    assert "precision" not in output, "the header of the table was printed already"
 
 
 def test_a_damaged_model_is_an_error(checkpoint, tmp_path):

@@ -1,12 +1,13 @@
 """The networks of public weight files against the public packages, at full size and random weights. Skipped where these are not
 installed; none of them is needed to run anything here:
 
-    pip install torchvision lpips pytorch-fid "transformers>=5" && python -m pytest -q tests/test_peers.py
+    pip install torchvision lpips pytorch-fid scikit-image "transformers>=5" && python -m pytest -q -s tests/test_peers.py
 """
 
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,14 +15,18 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import tokenizer
-from eval import FIDInception, load_inception
+from eval import FIDInception, frechet_distance, load_inception, ssim
 from test_weights import dino_shapes, images, random_tensors
 from tokenizer import load_dinov2, load_lpips
 
 
-def assert_equal(a, b):
-    """To 1e-4 of the largest value."""
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
+def assert_equal(a, b, tolerance=1e-4):
+    """To 1e-4 of the largest value; -s shows how near they are."""
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    assert a.shape == b.shape
+    apart = ((a - b).abs().max() / b.abs().max()).item()
+    print(f" {apart:.0e}", end="")
+    assert apart < tolerance  # nan fails
 
 
 @torch.no_grad()
@@ -91,3 +96,22 @@ def test_dinov2(tmp_path, monkeypatch, size):
     x = images(1, *size)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     assert_equal(load_dinov2(tmp_path / "dinov2.pth")(x), theirs(((x + 1) / 2 - mean) / std).last_hidden_state[:, 0])
+
+
+@pytest.mark.parametrize("num", (1000, 40))
+def test_frechet(num):
+    """A distance that is not pytorch-fid's; of 40 images in 64 dimensions, where the covariances are singular, too."""
+    package, rng = pytest.importorskip("pytorch_fid.fid_score"), np.random.default_rng(0)
+    a, b = (rng.standard_normal((num, 64)) @ rng.standard_normal((64, 64)) for _ in range(2))
+    statistics = [m for x in (a, b + 0.1) for m in (x.mean(0), np.cov(x, rowvar=False))]
+    assert_equal(frechet_distance(*statistics), package.calculate_frechet_distance(*statistics), 1e-6)
+
+
+def test_ssim():
+    """Another window, range or border than scikit-image's with the settings of the 2004 paper."""
+    package = pytest.importorskip("skimage.metrics")
+    for size in ((32, 32), (11, 64), (47, 31)):
+        a, b = images(2, *size), (images(2, *size) + 0.5 * images(2, *size, seed=1)).clamp(-1, 1)
+        theirs = [package.structural_similarity(*(t.double().numpy() for t in pair), channel_axis=0, data_range=2, sigma=1.5,
+                                                gaussian_weights=True, use_sample_covariance=False) for pair in zip(a, b)]
+        assert_equal(ssim(a, b), theirs)

@@ -72,7 +72,8 @@ def files(tmp_path, monkeypatch):
                    dinov2=dino_shapes(**SMALL_DINO))
     for kind, shapes in content.items():
         torch.save(random_tensors(shapes), tmp_path / f"{kind}.pth")
-    return {kind: str(tmp_path / f"{kind}.pth") for kind in content}
+    small_inception(tmp_path / "inception.pth")
+    return {kind: str(tmp_path / f"{kind}.pth") for kind in (*content, "inception")}
 
 
 def images(num, *size, seed=0):
@@ -132,19 +133,23 @@ def damage(path, how):
     torch.save(state, path)
 
 
-@pytest.mark.parametrize("kind", ("dinov2", "vgg16", "lpips"))
+@pytest.mark.parametrize("kind", ("dinov2", "vgg16", "lpips", "inception"))
 @pytest.mark.parametrize("how, words", (("truncated", ["truncated"]), ("text", ["not a readable"]), ("lacks one", ["is missing"]),
                                         ("one too many", ["extra.weight is unknown"]), ("wrong shape", ["has shape"]),
-                                        ("not tensors", ["is missing", "more"]), ("a list", ["is missing"])))
-def test_wrong_files_are_refused(files, kind, how, words):
+                                        ("not tensors", ["is missing", "more"]), ("a list", ["is missing"]),
+                                        ("not there", ["No such file"])))
+def test_wrong_files_are_refused(files, kind, how, words, capsys):
     """A half-loaded network, or a traceback, where the file is damaged or another's; an error without the file and the flag."""
-    damage(files[kind], how)
-    with pytest.raises(UserError) as error:
-        load_dinov2(files["dinov2"])
-        load_lpips(files["lpips"], files["vgg16"])
-    message = str(error.value)
+    if how == "not there":
+        os.remove(files[kind])
+    else:
+        damage(files[kind], how)
+    load = dict(dinov2=lambda: load_dinov2(files["dinov2"]), inception=lambda: load_inception(files["inception"], shrink=16))
+    with pytest.raises(SystemExit) as stop:
+        run_main(load.get(kind, lambda: load_lpips(files["lpips"], files["vgg16"])))
+    lines = capsys.readouterr().err.splitlines()
     words = [*words, files[kind], tokenizer.OFFICIAL[kind][1], "download"]
-    assert "\n" not in message and all(w in message for w in words), message
+    assert stop.value.code == 2 and len(lines) == 1 and all(w in lines[0] for w in words), lines
 
 
 MISSING = {
@@ -388,7 +393,7 @@ def test_inception_convention(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         again = net(x[:1])
     torch.testing.assert_close(again, (features[:1], logits[:1]), rtol=1e-4, atol=1e-6)
-    assert again[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    assert again[0].dtype == torch.float32
     resized = F.interpolate((x + 1) / 2, (299, 299), mode="bilinear", align_corners=False) * 2 - 1
     torch.testing.assert_close(net(resized)[0], features, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(logits, features @ net.fc.weight.T)
