@@ -20,6 +20,8 @@ moves to another number of GPUs or workers, sees exactly the images it would hav
 """
 
 import argparse
+import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -49,16 +51,68 @@ class UserError(ValueError):
     """Something the user can put right. The message is one line: what was wrong, and what to do."""
 
 
+class Unfailing:
+    """A stream whose errors are let pass: a log on a full disk must not end the run that it tells of."""
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+
 def run_main(main):
-    """Every script ends with this: a UserError becomes one line on stderr and exit code 2."""
+    """Every script ends with this: a UserError becomes one line on stderr and exit code 2. So does what is no fault of the
+    script's: a disk that is full or write-protected, and another process of the run that has ended."""
     try:
-        main()
+        with contextlib.redirect_stdout(Unfailing(sys.stdout)), contextlib.redirect_stderr(Unfailing(sys.stderr)):
+            main()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        text = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        text = f"{error}: make room, mend the permissions, or pass another folder"
+    except RuntimeError as error:  # gloo has no type of its own for a connection that is lost
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        text = ("the connection to another process of this run is lost: it has ended, and what it said before tells why. "
+                "A training run goes on from its last checkpoint: start all its processes again, with --resume")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    else:
+        return
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def make_folder(path, flag="--out"):
+    """Make a folder for results, if need be. Raises UserError."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be made ({error.strerror}); pass another folder")
+
+
+def new_array(path, dtype, shape):
+    """A new .npy file of zeros to be mapped into memory, its space on the disk taken. Raises OSError where there is too little
+    of it: later, writing to a mapped page that has no place on the disk ends a process by SIGBUS, without a word."""
+    try:
+        np.lib.format.open_memmap(path, "w+", dtype, shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with open(path, "r+b") as f:
+                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
+    except OSError:
+        os.remove(path)
+        raise
 
 
 class Parser(argparse.ArgumentParser):
@@ -830,15 +884,15 @@ class Packed(Dataset):
 
 def pack(spec, out, size, shard_size=10_000, workers=0, seed=0):
     """Writes OUT/train-000000.tar, ..., OUT/val-000000.tar, ... with class folders inside, then times both."""
-    if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+    if os.path.exists(out) and (not os.path.isdir(out) or os.path.samefile(out, ".") or os.listdir(out)):
         raise UserError(f"--pack {out} exists already: pass a new folder, or delete it first")
     if shard_size < 1:
         raise UserError(f"--shard-size {shard_size}: pass at least 1 image a shard")
+    datasets = {split: build_dataset(spec, split, size, train=False, seed=seed) for split in ("train", "val")}
     partial = out.rstrip("/") + ".partial"  # becomes OUT in one step at the end: there is no half a pack
     shutil.rmtree(partial, ignore_errors=True)
-    os.makedirs(partial)
-    for split in ("train", "val"):
-        dataset = build_dataset(spec, split, size, train=False, seed=seed)
+    make_folder(partial, "--pack")
+    for split, dataset in datasets.items():
         print(f"{split}: {dataset.describe()}")
         skipped = []
         images = DataLoader(Packed(dataset, size), batch_size=None, num_workers=workers)
@@ -931,6 +985,7 @@ def main(argv=None):
         more = dataset.num_classes - len(shown)
         print("images a class: " + ", ".join(shown) + (f", ... {more} more" if more else "")
               + f" (smallest {counts.min()}, largest {counts.max()})")
+    make_folder(args.out)
     path = os.path.join(args.out, "preview.png")
     order = preview(dataset, path, args.num, args.seed)
     for index in order[:3]:

@@ -47,11 +47,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import UserError, batches, build_dataset, image_grid, run_main, to_uint8
+from data import UserError, batches, build_dataset, image_grid, make_folder, run_main, to_uint8
 from generate import check_keep
 from mergear import (GPT, MODES, GPTConfig, arccos_steps, decode_codes, decode_in_turn, decode_parallel, load_generator,
                      pick_codes, sample_codes)
-from recovery import (common_flags, enlarge, gather, load_recovery, make_folder, map_scale, merge_map, number, numbers,
+from recovery import (common_flags, enlarge, gather, load_recovery, map_scale, merge_map, number, numbers,
                       open_tokenizer, pick_images, recover, share, val_batches, write_results)
 from tokenizer import (MergeVQ, Parser, ResBlock, Run, RunConfig, TokenizerConfig, adamw, any_rank, append_metrics, arg,
                        canonical_source, check_bad, check_batch, code_statistics, codes_to_bits, disk_may_fail, learning_rate,
@@ -417,8 +417,9 @@ def reconstruct(model, dataset, keeps, features, lpips, args, run, sources=None)
 def recon(args, argv):
     model, dataset, run = open_tokenizer(args)
     config = model.config
-    features = open_features(args, config.size, run, required=False)
     lpips = load_lpips(args.lpips_weights, args.vgg_weights, run.device) if args.lpips_weights else None
+    features = open_features(args, config.size, run, required=False)
+    make_folder(args.out)
     keeps = args.keep or sorted({config.keep, config.length})
     rows, record = reconstruct(model, dataset, keeps, features, lpips, args, run)
     if lpips:
@@ -457,6 +458,7 @@ def maps(args, argv):
     model, dataset, run = open_tokenizer(args)
     if not run.main:  # one picture needs one process
         return
+    make_folder(args.out)
     images = pick_images(dataset, args.num, args.seed)
     scale = map_scale(images.shape[-1])
     rows, titles = [enlarge(images, scale)], ["image"]
@@ -873,6 +875,7 @@ def probe(args, argv):
     model, val_set, run = open_tokenizer(args)
     config, keeps = model.config, args.keep or [model.config.length]
     train_set, rows = open_probe(args, model, run)
+    make_folder(args.out)
     torch.manual_seed(args.seed)
     untrained = MergeVQ(config).eval().to(run.device)
 
@@ -916,13 +919,13 @@ class FinetuneConfig(RunConfig):
     keep: int = arg(0, "tokens K; 0: all L, nothing merges", low=0)
     layer_decay: float = arg(0.8, "learning rate of each layer, as a share of the next layer's", low=0.0, high=1.0)
     weight_decay: float = arg(0.05, "AdamW weight decay", low=0.0)
-    beta2: float = arg(0.99, "AdamW beta 2", low=0.0, high=1.0)
+    beta2: float = arg(0.99, "AdamW beta 2", low=0.0, high=0.99999)
     mixup: float = arg(0.2, "mixup's Beta parameter (1710.09412); 0: off", low=0.0)
     cutmix: float = arg(0.2, "CutMix's Beta parameter (1905.04899); 0: off. With both on, each batch takes one of them", low=0.0)
     smoothing: float = arg(0.1, "label smoothing", low=0.0, high=1.0)
     drop_path: float = arg(0.0, "stochastic depth (1603.09382): chance to skip a branch of the last block", low=0.0, high=0.99)
     erasing: float = arg(0.1, "chance that a rectangle of an image is erased (1708.04896)", low=0.0, high=1.0)
-    clip: float = arg(5.0, "gradient norm is clipped to this", low=0.0)
+    clip: float = arg(5.0, "gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.99, "decay of the weight average that is evaluated and saved", low=0.0, high=1.0)
     batch_size: int = arg(64, "images an optimizer step, over all ranks and micro-batches", low=1)
     max_steps: int = arg(600, "optimizer steps; 0: as many as --epochs makes", low=0)
@@ -1127,9 +1130,10 @@ def multiply_adds(encoder, size, keep):
 def sweep(args, argv):
     model, dataset, run = open_tokenizer(args)
     config = model.config
-    features = open_features(args, config.size, run, required=False)
     keeps = args.keep or sorted({*config.keeps, config.keep, config.length})
     train_set, chosen = open_probe(args, model, run)
+    features = open_features(args, config.size, run, required=False)
+    make_folder(args.out)
     rows, record = reconstruct(model, dataset, keeps, features, None, args, run)
     for row in rows:  # one K after the other: ImageNet's features at all of them would not fit in memory
         represent = lambda images: {"tokens": pooled(model, images, row["keep"], run)[0]}
@@ -1167,6 +1171,7 @@ def ablate_source(args, argv):
     if tuned is not model.recovery:
         sources["fine-tuned"] = lambda e: recover(tuned, e.codes, config.bits)
     features = open_features(args, config.size, run, required=False)
+    make_folder(args.out)
     rows, record = reconstruct(model, dataset, args.keep or [config.keep], features, None, args, run, sources)
     if not run.main:
         return
@@ -1262,6 +1267,10 @@ def speed(args, argv):
     device, dtype = pick_device(args.device, args.dtype)
     if math.isqrt(args.length) ** 2 != args.length or args.keep > args.length:
         raise UserError(f"--length {args.length} must be a square, and --keep {args.keep} at most that")
+    if args.bits > 20 or args.keep > 2 ** args.bits:
+        raise UserError(f"--bits {args.bits} must be at most 20, and --keep {args.keep} at most 2^bits")
+    if args.width % (4 * args.heads):
+        raise UserError(f"--width {args.width} must be a multiple of 4 x --heads {args.heads}")
     g, table = seeded(args.seed), []
     add = lambda what, unit, values, against: table.extend(
         dict(what=what, name=name, value=value, unit=unit, ratio=value / values[against]) for name, value in values.items())

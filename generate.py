@@ -21,9 +21,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import UserError, image_grid, run_main, to_uint8
+from data import UserError, image_grid, make_folder, new_array, run_main, to_uint8
 from mergear import decode_codes, load_generator, sample_codes
-from recovery import load_recovery, make_folder
+from recovery import load_recovery
 from tokenizer import Parser, start_run, weights_hash
 
 IN_PICTURE = 200  # images in samples.png at most
@@ -109,12 +109,12 @@ def read_sweep(text):
     try:
         first, last, step = (float(part) for part in text.split(":"))
         count = int((last - first) / step + 1e-6) + 1
-        if not (0 <= first <= last < math.inf and step > 0 and count <= IN_PICTURE):
+        if not (0 <= first <= last <= 1000 and step > 0 and count <= IN_PICTURE):
             raise ValueError
         scales = [first + n * step for n in range(count)]
     except (ValueError, ZeroDivisionError, OverflowError):
-        raise UserError(f"--cfg-sweep {text} must be FIRST:LAST:STEP with 0 <= FIRST <= LAST and STEP > 0, at most {IN_PICTURE} "
-                        "scales, as in 1.0:4.0:0.5")
+        raise UserError(f"--cfg-sweep {text} must be FIRST:LAST:STEP with 0 <= FIRST <= LAST <= 1000 and STEP > 0, at most "
+                        f"{IN_PICTURE} scales, as in 1.0:4.0:0.5")
     return scales
 
 
@@ -132,7 +132,8 @@ def open_images(args, run, side):
         try:
             os.makedirs(args.out, exist_ok=True)
             os.makedirs(os.path.dirname(os.path.abspath(args.npz or path)), exist_ok=True)
-            np.lib.format.open_memmap(path, "w+", np.uint8, (args.num, side, side, 3))
+            open(args.npz + ".tmp.npz" if args.npz else path, "wb").close()  # or it would fail when all images are drawn
+            new_array(path, np.uint8, (args.num, side, side, 3))
         except OSError as e:
             raise UserError(f"--out {args.out} or --npz {args.npz} cannot be written ({e.strerror}); pass another place")
     if run.world > 1:

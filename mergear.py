@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data import UserError, batches, build_dataset, ignore_signals, image_grid, run_main
+from data import UserError, batches, build_dataset, ignore_signals, image_grid, new_array, run_main
 from tokenizer import (RunConfig, Stop, adamw, any_rank, append_metrics, arg, check_bad, check_batch, check_ranges, check_trained,
                        disk_may_fail, dry_run, keep_distribution, learning_rate, load_checkpoint, loader_workers, mean_over_ranks,
                        no_sync, parallel, parse_config, plot_curves, prepare_out, reading, resume_command, sample_keep,
@@ -827,7 +827,7 @@ def extract_codes(folder, dataset, tokenizer, config, run, meta, batch=64):
             if os.path.exists(os.path.join(folder, "meta.json")):
                 os.remove(os.path.join(folder, "meta.json"))  # from now on there is no valid cache here
             for name, dtype in COLUMNS.items():
-                np.lib.format.open_memmap(temporary[name], "w+", dtype, (rows, L) if name in ("codes", "source") else (rows,))
+                new_array(temporary[name], dtype, (rows, L) if name in ("codes", "source") else (rows,))
         except OSError as e:
             raise UserError(f"the code cache {folder} cannot be written ({e.strerror}); pass --cache another-folder or none")
     if run.world > 1:

@@ -91,15 +91,7 @@ def open_tokenizer(args):
     for keep in args.keep or ():
         merge_schedule(model.config.length, keep, model.config.depth)  # raises UserError on a K that cannot be reached
     run = start_run(args)
-    make_folder(args.out)
     return model.to(run.device), dataset, run
-
-
-def make_folder(path):
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {path} cannot be made ({e.strerror}); pass another folder")
 
 
 def share(num, run):
@@ -312,7 +304,7 @@ def main(argv=None):
     t = tokenizer.config
     config.data, config.keep = config.data or gpt.config.data, config.keep or t.keep
     if config.keep not in gpt.config.keeps:
-        raise UserError(f"--keep {config.keep} is not one of the generator's: {', '.join(map(str, gpt.config.keeps))}")
+        raise UserError(f"--keep {config.keep} is not one of the generator's; pass {', '.join(map(str, gpt.config.keeps))}")
     train_set = build_dataset(config.data, "train", t.size, train=True, seed=config.seed)
     val_set = build_dataset(config.data, "val", t.size, train=False)
     config.max_steps = config.max_steps or max(1, config.epochs * len(train_set) // config.batch_size)

@@ -257,7 +257,9 @@ def save_checkpoint(path, kind, keep_last=1, **state):
     With keep_last > 1 the last so many stay beside it as ckpt_STEP.pt. Raises UserError when it cannot be written (a full
     disk, no permission); what was there before is untouched then.
     """
-    temporary = f"{path}.tmp"
+    temporary, metrics = f"{path}.tmp", os.path.join(os.path.dirname(path), "metrics.jsonl")
+    if metrics in UNWRITTEN:  # a run that is resumed from here should not lack these lines
+        append_metrics(metrics)
     try:
         with open(temporary, "wb") as f:
             torch.save(dict(kind=kind, version=CHECKPOINT_VERSION, **state), f)
@@ -272,8 +274,9 @@ def save_checkpoint(path, kind, keep_last=1, **state):
             except OSError:  # a file system without links
                 shutil.copyfile(temporary, numbered)
         os.replace(temporary, path)
-        for old in numbered_checkpoints(path)[:-keep_last] if keep_last > 1 else ():
-            os.remove(old)
+        if keep_last > 1:  # who went back to an older one keeps those of later steps
+            for old in [name for name in numbered_checkpoints(path) if name <= numbered][:-keep_last]:
+                os.remove(old)
     except (OSError, RuntimeError) as e:  # torch.save wraps the first in the second
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -371,9 +374,10 @@ UNWRITTEN = {}  # metrics path -> lines that wait for a disk with room
 
 
 def append_metrics(path, **values):
-    """One JSON line more in a metrics file; tensors become numbers. What a full disk refuses goes out with a later line."""
+    """One JSON line more in a metrics file; tensors become numbers. What a full disk refuses goes out with a later line, or
+    when this is called without values."""
     values = {k: round(float(v), 7) if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
-    text = UNWRITTEN.pop(path, "") + json.dumps(values) + "\n"
+    text = UNWRITTEN.pop(path, "") + (json.dumps(values) + "\n" if values else "")
     try:
         with open(path, "ab", buffering=0) as f:
             size = f.tell()
@@ -487,7 +491,9 @@ def check_trained(named_parameters, optimizer):
 def plot_curves(metrics_path, png_path, panels):
     """Draw the metrics file as small line charts. panels: list of metric names, one chart each; x is the step."""
     with open(metrics_path) as f:
-        plot_rows([json.loads(line) for line in f], png_path, panels)
+        every = sum(1 for _ in f) // 500 + 1  # a chart is 240 pixels wide: memory must not grow with the run
+        f.seek(0)
+        plot_rows([json.loads(line) for n, line in enumerate(f) if n % every == 0 or '"lr"' not in line], png_path, panels)
 
 
 def plot_rows(rows, png_path, panels, x="step"):
@@ -643,9 +649,10 @@ def check_config(config):
     for width, heads, names in ((c.width, c.heads, "--width/--heads"), (c.dec_width, c.dec_heads, "--dec-width/--dec-heads"),
                                 (c.recovery_width, c.recovery_heads, "--recovery-width/--recovery-heads")):
         if width % heads:
-            raise UserError(f"{names}: {width} is not divisible by {heads}")
+            raise UserError(f"{names}: {width} is not divisible by {heads}; pass a number of heads that divides the width")
     if not c.patch and c.base * c.mult[-1] != c.width or c.base * c.mult[-1] != c.dec_width:
-        raise UserError(f"--base {c.base} times the last --mult {c.mult[-1]} must equal --width and --dec-width ({c.width}, {c.dec_width})")
+        raise UserError(f"--base {c.base} times the last --mult {c.mult[-1]} must equal --width and --dec-width ({c.width}, "
+                        f"{c.dec_width}); pass --width {c.base * c.mult[-1]} --dec-width {c.base * c.mult[-1]}")
     if c.align == "dinov2" and c.teacher_size % DINOV2["patch"]:
         raise UserError(f"--teacher-size {c.teacher_size} is not a multiple of the patch, {DINOV2['patch']}; pass one that is")
     if c.init == "dinov2":
@@ -656,7 +663,8 @@ def check_config(config):
                 raise UserError(f"{name} {value} is more than DINOv2's {most}: --init dinov2 selects from a larger network; "
                                 f"pass at most {most}, or --init random")
     if any(c.base * m % c.norm_groups for m in c.mult):
-        raise UserError(f"--norm-groups {c.norm_groups} does not divide every CNN width {[c.base * m for m in c.mult]}")
+        raise UserError(f"--norm-groups {c.norm_groups} does not divide every CNN width {[c.base * m for m in c.mult]}; pass "
+                        f"{math.gcd(*(c.base * m for m in c.mult))} or a divisor of it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1533,14 +1541,16 @@ def main(argv=None):
     check_config(config)
     widths = [config.disc_base * min(2 ** i, 8) for i in range(1, config.disc_layers + 1)]
     if any(w % config.norm_groups for w in widths):
-        raise UserError(f"--disc-base {config.disc_base}: --norm-groups {config.norm_groups} does not divide the widths {widths}")
+        raise UserError(f"--disc-base {config.disc_base}: --norm-groups {config.norm_groups} does not divide the widths "
+                        f"{widths}; pass a --disc-base that is a multiple of it")
     if config.size // 2 ** config.disc_layers < 3:
         raise UserError(f"--disc-layers {config.disc_layers} leave nothing of a {config.size} px image: pass fewer")
     train_set = build_dataset(config.data, "train", config.size, train=True, seed=config.seed)
     val_set = build_dataset(config.data, "val", config.size, train=False)
     if config.align == "label":
         if train_set.num_classes < 2:
-            raise UserError(f"--align label needs class folders, but --data {config.data} has no labels; pass --align ema")
+            raise UserError(f"--align label needs class folders, but --data {config.data} has "
+                            f"{train_set.num_classes} classes; pass --align ema")
         config.align_dim = train_set.num_classes
     elif config.align == "dinov2":
         config.align_dim = DINOV2["width"]

@@ -2,8 +2,9 @@
 
     python tests/hygiene.py --steps 2000      # minutes; the suite looks at open files and processes over a few steps
 
-Prints resident memory, open files and child processes at a tenth of the run and at its end. With two loader workers, an
-evaluation and a checkpoint every 50 steps.
+Prints resident memory, open files and child processes at a tenth of the run, at half of it and at --steps, and fails if the
+second half has grown by more than 2 % or left anything open. With two loader workers, an evaluation and a checkpoint
+every 60 steps.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from kills import MERGEAR, TOKENIZER, alive, command, finish, mergear, start, tokenizer, write_images
+from kills import MERGEAR, RECOVERY, TOKENIZER, alive, command, finish, mergear, recovery, start, tokenizer, write_images
 
 
 def vitals(pid):
@@ -24,7 +25,13 @@ def vitals(pid):
         resident = int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     with open(f"/proc/{pid}/task/{pid}/children") as f:
         children = len(f.read().split())
-    return resident, len(os.listdir(f"/proc/{pid}/fd")), children
+    names = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            names.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except FileNotFoundError:  # closed in between
+            pass
+    return resident, len([name for name in names if not name.endswith("metrics.jsonl")]), children  # which is open now and then
 
 
 def last_step(out):
@@ -37,11 +44,11 @@ def last_step(out):
 
 
 def watch(main, argv, out, steps, log):
-    """Run and look twice -> vitals at steps / 10 and shortly before the end, both between two evaluations."""
+    """Run a little longer than `steps` and look three times -> {step: vitals}, at steps between two evaluations."""
     pid, seen = start(main, argv, log=log), {}
     while alive(pid):
         step = last_step(out)
-        for mark in (steps // 10 + 20, steps - 30):
+        for mark in (steps // 10, steps // 2 + 10, steps):
             if step >= mark and mark not in seen:
                 os.kill(pid, signal.SIGSTOP)  # hold still for the picture
                 seen[mark] = vitals(pid)
@@ -58,14 +65,21 @@ def main():
     folder = tempfile.mkdtemp()
     images, log = os.path.join(folder, "images"), os.path.join(folder, "log")
     write_images(images)
-    often = dict(max_steps=args.steps, save_every=50, eval_every=50, workers=2, data=images)
-    for main, settings, name in ((tokenizer.main, TOKENIZER, "tok"), (mergear.main, MERGEAR, "gpt")):
+    often = dict(max_steps=args.steps + 20, save_every=60, eval_every=60)
+    loader = dict(data=images, workers=2)  # recovery.py reads codes, not images
+    generator = os.path.join(folder, "gpt/ckpt.pt")
+    for script, settings, name, more in (
+            (tokenizer, TOKENIZER, "tok", loader),
+            (mergear, MERGEAR, "gpt", dict(loader, tokenizer=os.path.join(folder, "tok/ckpt.pt"), cache="none", mode="randar")),
+            (recovery, RECOVERY, "rec", dict(generator=generator))):
         out = os.path.join(folder, name)
-        if name == "gpt":
-            often.update(tokenizer=os.path.join(folder, "tok/ckpt.pt"), cache="none")
-        for step, (resident, files, children) in watch(main, command(settings, out, **often), out, args.steps, log).items():
-            print(f"{main.__module__}.py, step {step}: {resident:.1f} MB resident, {files} open files, {children} children",
+        seen = watch(script.main, command(settings, out, **often, **more), out, args.steps, log)
+        for step, (resident, files, children) in seen.items():
+            print(f"{script.__name__}.py, step {step}: {resident:.1f} MB resident, {files} open files, {children} children",
                   flush=True)
+        _, middle, end = seen.values()
+        assert end[0] < 1.02 * middle[0] and end[2] == middle[2], f"{script.__name__}.py grows"
+        assert end[1] <= middle[1] + 1, f"{script.__name__}.py leaves files open"  # one may be open at that moment
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python tests/kills.py --kills 50      # about two minutes of one core; the suite does three
 
-After every kill ckpt.pt must be whole and no older than before; in the end all tensors of the checkpoint and all lines of
+After every kill all checkpoints must be whole and ckpt.pt no older than before; in the end all tensors of the checkpoint and all lines of
 metrics.jsonl must equal those of a run that nobody disturbed. Runs are forked from one process that has imported torch.
 """
 
 import argparse
+import contextlib
+import glob
 import json
 import os
 import random
@@ -90,16 +92,28 @@ def alive(pid):
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
+def being_written(path):
+    try:
+        return os.stat(path).st_mtime > 0
+    except FileNotFoundError:
+        return False
+
+
 def kill_at_random(pid, out, dice, longest):
-    """SIGKILL after a random share of `longest` CPU seconds, or, one time in three, at the next write of a checkpoint.
+    """SIGKILL after a random share of `longest` CPU seconds, or, one time in three, while a checkpoint is being written.
     Returns what it hit: "write", "anywhere", or "" if the run was over before."""
-    in_write, until = dice.random() < 1 / 3, dice.uniform(0, longest)
+    half = os.path.join(out, "ckpt.pt.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.utime(half, (0, 0))  # left by the kill before: this time stamp tells it from a write of this run
+    in_write, until, skip = dice.random() < 1 / 3, dice.uniform(0, longest), dice.randrange(4)
+    writing = False
     while alive(pid):
-        write = os.path.exists(os.path.join(out, "ckpt.pt.tmp"))
-        if write if in_write else cpu_seconds(pid) > until:
+        before, writing = writing, being_written(half)
+        skip -= writing and not before  # not always the first write
+        if writing and skip < 0 if in_write else cpu_seconds(pid) > until:
             os.kill(pid, signal.SIGKILL)
             finish(pid)
-            return "write" if write else "anywhere"
+            return "write" if being_written(half) else "anywhere"  # what the kill left behind says which
         time.sleep(0.0002 if in_write else 0.005)
     assert finish(pid) == 0, f"the run in {out} failed by itself"
     return ""
@@ -108,7 +122,7 @@ def kill_at_random(pid, out, dice, longest):
 def read(out):
     """Checkpoint and metrics of a run, without what may differ: folder names and speed."""
     state = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)
-    state["config"] = {k: v for k, v in state["config"].items() if k not in ("out", "resume", "cache", "save_every")}
+    state["config"] = {k: v for k, v in state["config"].items() if k not in ("out", "resume", "cache", "save_every", "keep_last")}
     with open(os.path.join(out, "metrics.jsonl")) as f:
         return state, [{**json.loads(line), "images_per_s": 0} for line in f]
 
@@ -143,6 +157,8 @@ def torment(main, settings, folder, kills, dice, **changes):
                 counts[kill_at_random(pid, out, dice, longest)] += 1
             else:
                 assert finish(pid) == 0, open(log).read()
+            for name in glob.glob(f"{glob.escape(out)}/ckpt*.pt"):  # with --keep-last there are several
+                torch.load(name, weights_only=True)
             if os.path.exists(os.path.join(out, "ckpt.pt")):
                 now = torch.load(os.path.join(out, "ckpt.pt"), weights_only=True)["step"]
                 assert now >= step, f"the checkpoint went back from step {step} to {now}"
@@ -167,7 +183,7 @@ def main():
     trained = dict(tokenizer=os.path.join(folder, "tok/reference/ckpt.pt"))
     generator = os.path.join(folder, "randar")
     for script, settings, place, kills, changes in (
-            (tokenizer, TOKENIZER, "tok", share, dict(data=images)),
+            (tokenizer, TOKENIZER, "tok", share, dict(data=images, keep_last=2)),
             (mergear, MERGEAR, "gpt", share, trained),
             (recovery, RECOVERY, "rec", args.kills - 2 * share, dict(generator=generator + "/ckpt.pt"))):
         if script is recovery:
