@@ -36,8 +36,9 @@ def parse(argv=None):
         name, type=type(default), default=default, help=f"{help} (default {default})" if default != "" else help, **more)
     add("--ckpt", "out/mergear/ckpt.pt", "checkpoint of mergear.py")
     add("--cfg", 2.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
-    add("--cfg-schedule", "constant", "linear: the scale grows from 1 to --cfg as codes become known", choices=("constant", "linear"))
-    add("--cfg-sweep", "", "FIRST:LAST:STEP, scales instead of --cfg: OUT/sweep.png has the same samples at each, one line a scale")
+    add("--cfg-schedule", "constant", "linear: the scale grows from 1 to --cfg as codes become known",
+        choices=("constant", "linear"))
+    add("--cfg-sweep", "", "FIRST:LAST:STEP, scales instead of --cfg: the same samples at each in OUT/sweep.png, one line a scale")
     add("--temperature", 1.0, "divides the logits; 0: always the most likely code")
     add("--top-k", 0, "sample among the k most likely sub-tokens; 0: all")
     add("--top-p", 1.0, "sample among the most likely sub-tokens that hold this much probability")
@@ -45,14 +46,15 @@ def parse(argv=None):
     add("--num", 40, "images")
     add("--keep", 0, "merge count K told to a mergear or randar model, one it was trained on; 0: the tokenizer's target")
     add("--steps", 0, "randar: steps of parallel decoding, K at most; 0: the paper's share of K")
-    add("--recovery", "auto", "randar: checkpoint of recovery.py; auto: out/recovery/ckpt.pt if it fits; none: the tokenizer's own")
+    add("--recovery", "auto", "randar: checkpoint of recovery.py; auto: out/recovery/ckpt.pt if it fits; none: the tokenizer's")
     add("--npz", "", "also write all images to this file: arr_0 uint8 (N,H,W,3), arr_1 int64 labels")
     add("--out", "out/generate", "folder for samples.png")
     add("--seed", 0, "image i is a function of (seed, i)")
     add("--device", "auto", "auto (cuda > mps > cpu) or a torch device")
     add("--dtype", "auto", "of the generator; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
     add("--batch-size", 32, "images asked for at a time")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the decoding step: minutes at first, for many images on a GPU")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile the decoding step: minutes at first, for many images on a GPU")
     args = parser.parse_args(argv)
     for name, fine, remedy in (("cfg", 0 <= args.cfg <= 1000, "at least 0 and at most 1000"),
                                ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1000,

@@ -73,7 +73,8 @@ class GPTFlags(RunConfig):
     window: int = arg(8, "mergear: how many recent positions stay visible whatever their code", low=0, high=1000000)
     duplicate: str = arg("source", "mergear, in training: a position is a repeat if its merged token (source) or its code "
                          "(codes) came before; generation can only see codes", choices=("source", "codes"))
-    order: str = arg("random", "randar: order of the merged codes, random, or raster as its baseline", choices=("random", "raster"))
+    order: str = arg("random", "randar: order of the merged codes, random, or raster as its baseline",
+                     choices=("random", "raster"))
     views: int = arg(2, "views of each image in the code cache: centre crop, mirror image, then random crops", low=1, high=1000)
     cache: str = arg("", "folder of the code cache; empty: OUT/codes; none: encode the images at every step")
     batch_size: int = arg(32, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
@@ -113,8 +114,8 @@ class GPTConfig(GPTFlags):
         return (self.bits,) if self.bits <= 10 else (6, self.bits - 6)
 
 
-PAPER = dict(dropout=0.1, token_dropout=0.1, label_smoothing=0.1, window=16, batch_size=1024, max_steps=0, lr=1e-4, lr_schedule="step", warmup=1000,
-             head_depth=2, eval_every=5000, save_every=5000)
+PAPER = dict(dropout=0.1, token_dropout=0.1, label_smoothing=0.1, window=16, batch_size=1024, max_steps=0,
+             lr=1e-4, lr_schedule="step", warmup=1000, head_depth=2, eval_every=5000, save_every=5000)
 
 MODELS = {  # parameters with d = 18 (sub-tokens of 6 + 12 bits), 1,000 classes, L = 1024
     "tiny": {},                                                               # 0.49M with d = 8, 10 classes, L = 64

@@ -256,7 +256,8 @@ class RecoveryConfig(RunConfig):
     warmup: int = arg(50, "linear warm-up steps", low=0)
     weight_decay: float = arg(1e-2, "AdamW weight decay of matrices (Table A2)", low=0.0)
     clip: float = arg(1.0, "gradient norm is clipped to this", low=1e-9)
-    drawn: float = arg(0.5, "share of the images whose codes are drawn from the generator; the others keep their own", low=0.0, high=1.0)
+    drawn: float = arg(0.5, "share of the images whose codes are drawn from the generator; the others keep their own",
+                       low=0.0, high=1.0)
     keep: int = arg(0, "K of the measurements; 0: the tokenizer's target", low=0)
     save_every: int = arg(300, "steps between checkpoints", low=1)
 
@@ -299,8 +300,8 @@ def main(argv=None):
     config = parse_config(RecoveryConfig, __doc__, argv=argv)
     gpt, tokenizer = load_generator(config.generator)
     if gpt.config.mode != "randar":
-        raise UserError(f"--generator {config.generator} is a {gpt.config.mode} model, which needs no source recovery: pass one of "
-                        "mergear.py --mode randar")
+        raise UserError(f"--generator {config.generator} is a {gpt.config.mode} model, which needs no source recovery: pass "
+                        "one of mergear.py --mode randar")
     t = tokenizer.config
     config.data, config.keep = config.data or gpt.config.data, config.keep or t.keep
     if config.keep not in gpt.config.keeps:
@@ -356,8 +357,8 @@ def train(config, run, codes_set, gpt, tokenizer, stop, resume_from=None):
     stream = code_batches(codes_set, t, config.batch_size, config.seed, step, True, config.accum, run.rank, run.world)
     micro = config.batch_size // (run.world * config.accum)
     if run.main:
-        print(f"source recovery: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; {len(codes_set)} images of "
-              f"{config.data}, {config.max_steps} steps of {config.batch_size}")
+        print(f"source recovery: {sum(p.numel() for p in raw_model.parameters()) / 1e6:.2f}M parameters; {len(codes_set)} images "
+              f"of {config.data}, {config.max_steps} steps of {config.batch_size}")
 
     ckpt_path, metrics_path = (os.path.join(config.out, name) for name in ("ckpt.pt", "metrics.jsonl"))
     hashes = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()))
@@ -396,7 +397,8 @@ def train(config, run, codes_set, gpt, tokenizer, stop, resume_from=None):
                     logits = model(codes_to_bits(codes, t.bits)).float()                                          # (B,L,K)
                     loss = F.cross_entropy(logits.flatten(0, 1), source.flatten())
                     (loss / config.accum).backward()
-            values = dict(loss=loss, accuracy=(logits.argmax(-1) == source).float().mean(), codes_kept=(drawn == own).float().mean())
+            values = dict(loss=loss, accuracy=(logits.argmax(-1) == source).float().mean(),
+                          codes_kept=(drawn == own).float().mean())
             for name, value in values.items():
                 logs[name] = logs.get(name, 0.0) + value.detach() / config.accum
         if step == 0:

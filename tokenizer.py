@@ -462,7 +462,8 @@ def dry_run(kind, train, config, run, *inputs, **changes):
             raise UserError(f"--out {config.out} cannot be written ({e.strerror}); pass another folder")
     if run.world > 1:
         dist.barrier()
-    changes = dict(dict(out=folder, max_steps=1, eval_num=min(16, config.eval_num), log_every=1, resume=False, keep_last=2), **changes)
+    changes = dict(dict(out=folder, max_steps=1, eval_num=min(16, config.eval_num), log_every=1, resume=False, keep_last=2),
+                   **changes)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             train(dataclasses.replace(config, **changes), run, *inputs)
@@ -573,7 +574,8 @@ class TokenizerConfig(RunConfig):
     vgg_weights: str = arg("", "--perceptual lpips: path of torchvision's vgg16-397923af.pth, or download")
     align: str = arg("ema", "teacher of the class token: ema (self-distillation), label, dinov2, none",
                      choices=("ema", "label", "dinov2", "none"))
-    align_dim: int = arg(256, "outputs of the alignment head; label sets it to the class count, dinov2 to 768", low=2, high=1000000)
+    align_dim: int = arg(256, "outputs of the alignment head; label sets it to the class count, dinov2 to 768",
+                         low=2, high=1000000)
     teacher_weights: str = arg("", "--align and --init dinov2: path of dinov2_vitb14_pretrain.pth, or download")
     teacher_size: int = arg(224, "--align dinov2: side of what it sees in pixels, a multiple of 14", low=14, high=8192)
     init: str = arg("random", "encoder transformer: random, or dinov2 by weight selection", choices=("random", "dinov2"))
@@ -621,8 +623,8 @@ class TokenizerConfig(RunConfig):
 PAPER = dict(data="data/imagenet", size=256, base=64, res_blocks=4, norm_groups=32, width=512, depth=12, heads=8,
              dec_width=512, dec_depth=12, dec_heads=8, layer_scale=1e-5, bits=18, recovery_width=384, recovery_heads=8,
              w_rec=1.0, w_perceptual=0.7, w_disc=0.8, w_recovery=0.5, align_dim=4096,
-             disc_start=20_000, disc_ramp=5_000, disc_base=64, disc_layers=3, w_entropy=0.1, batch_size=256, max_steps=0, epochs=270,
-             lr=1e-4, lr_schedule="step", warmup=1000, beta1=0.5, beta2=0.9, eval_every=5000, save_every=5000)
+             disc_start=20_000, disc_ramp=5_000, disc_base=64, disc_layers=3, w_entropy=0.1, batch_size=256, max_steps=0,
+             epochs=270, lr=1e-4, lr_schedule="step", warmup=1000, beta1=0.5, beta2=0.9, eval_every=5000, save_every=5000)
 
 VARIANTS = {  # encoder + decoder parameters, without recovery and heads
     "tiny": {},                                                                                        # 0.5 + 1.0M
@@ -641,7 +643,8 @@ def check_config(config):
     if c.size % c.factor or c.size % 2 ** (len(c.mult) - 1):
         raise UserError(f"--size {c.size} is not divisible by the downsampling ratio {c.factor}; pass a multiple of it")
     if c.patch and c.patch != 2 ** (len(c.mult) - 1):
-        raise UserError(f"--patch {c.patch} does not fit the decoder's {len(c.mult)} stages; pass --patch {2 ** (len(c.mult) - 1)}")
+        raise UserError(f"--patch {c.patch} does not fit the decoder's {len(c.mult)} stages; pass --patch "
+                        f"{2 ** (len(c.mult) - 1)}")
     for k in (c.keep, *c.keeps):
         if k > c.length:
             raise UserError(f"--keep {k} is more than the L = {c.length} tokens of a {c.size} px image; pass at most {c.length}")
@@ -683,7 +686,8 @@ def merge_schedule(full, keep, depth):
         schedule.append(min(aim - merged, (full - merged) // 2))
         merged += schedule[-1]
     if keep > full or keep < 1 or merged != full - keep:
-        raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}: pass --keep from {math.ceil(full / 2 ** depth)} to {full}")
+        raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}: pass --keep from "
+                        f"{math.ceil(full / 2 ** depth)} to {full}")
     return schedule
 
 
@@ -1723,7 +1727,8 @@ def train(config, run, train_set, val_set, perceptual, dinov2, stop, resume_from
                     rows = slice((m * run.world + run.rank) * micro, (m * run.world + run.rank + 1) * micro)
                     view = augment(images, draws[rows].to(run.device))
                     with torch.no_grad(), run.autocast():
-                        teacher = dinov2(view, config.teacher_size) if config.align == "dinov2" else ema.align_head(ema.encode(view, keep).cls)
+                        teacher = (dinov2(view, config.teacher_size) if config.align == "dinov2"
+                                   else ema.align_head(ema.encode(view, keep).cls))
                         teacher = teacher.float()
                     if config.align == "dinov2":
                         align = distill_loss(student, teacher)
@@ -1775,7 +1780,8 @@ def train(config, run, train_set, val_set, perceptual, dinov2, stop, resume_from
                 usage, perplexity = code_statistics(torch.bincount(codes.flatten(), minlength=2 ** config.bits))
                 imbalance, dead = bit_statistics(codes, config.bits)
                 append_metrics(metrics_path, step=step, **logs, grad_norm=norm, lr=lr, keep=keep, usage=usage,
-                               perplexity=perplexity, bit_imbalance=imbalance, dead_bits=dead, images_per_s=speed, skipped=skipped)
+                               perplexity=perplexity, bit_imbalance=imbalance, dead_bits=dead, images_per_s=speed,
+                               skipped=skipped)
                 bar.set_postfix(rec=f"{logs['rec']:.4f}", perp=f"{perplexity:.0f}", K=keep, im_s=f"{speed:.0f}", skipped=skipped)
     bar.close()
     return step
