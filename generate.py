@@ -38,7 +38,7 @@ def parse(argv=None):
     add("--cfg", 2.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
     add("--cfg-schedule", "constant", "linear: the scale grows from 1 to --cfg as codes become known",
         choices=("constant", "linear"))
-    add("--cfg-sweep", "", "FIRST:LAST:STEP, scales instead of --cfg: the same samples at each in OUT/sweep.png, one line a scale")
+    add("--cfg-sweep", "", "FIRST:LAST:STEP, scales instead of --cfg: the same samples at each in OUT/sweep.png, a line each")
     add("--temperature", 1.0, "divides the logits; 0: always the most likely code")
     add("--top-k", 0, "sample among the k most likely sub-tokens; 0: all")
     add("--top-p", 1.0, "sample among the most likely sub-tokens that hold this much probability")
