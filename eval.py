@@ -626,7 +626,8 @@ def open_reference(args, features, size, run):
         seen = features(torch.zeros(1, 3, size, size))[0].shape[1]
         if len(mu) != seen:  # said now, and not after 50,000 images have been drawn
             raise UserError(f"--reference {args.reference} has {len(mu)} features, {features.record['features']} has {seen}")
-    else:
+    make_folder(args.out)  # after all checks, before the long work
+    if not args.reference:
         mu, sigma = statistics_of(dataset, features, args, run)
     rows = None
     if pixels is not None:
@@ -738,7 +739,6 @@ def gen(args, argv):
             raise UserError(f"{args.ckpt} has samples of {drawn.num_classes} classes, but --classifier {args.classifier} judges "
                             f"{classes}: train one on the same --data")
         args.data = args.data or judge["config"].get("data", "")
-    make_folder(args.out)
     reference = open_reference(args, features, drawn.size, run)
     if judge and drawn.tokenizer:
         record["reconstructed_accuracy"] = reconstructed_accuracy(features.network, drawn.tokenizer, args, run)

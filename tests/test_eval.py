@@ -985,6 +985,7 @@ def test_wrong_references_get_one_line(damage, judge, tmp_path, capfd):
     output, error = capfd.readouterr()
     assert stop.value.code == 2 and len(error.strip().splitlines()) == 1 and word in error and str(reference) in error, error
     assert "precision" not in output, "the header of the table was printed already"
+    assert not (tmp_path / "out").exists(), "the output folder was made before the reference was looked at"
 
 
 def test_a_damaged_model_is_an_error(checkpoint, tmp_path):
