@@ -51,8 +51,11 @@ class UserError(ValueError):
     """Something the user can put right. The message is one line: what was wrong, and what to do."""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 class Unfailing:
-    """A stream whose errors are let pass: a log on a full disk must not end the run that it tells of."""
+    """A stream that lets a full disk pass: a log on it must not end the run that it tells of. A closed pipe ends it."""
     def __init__(self, stream):
         self.stream = stream
 
@@ -60,12 +63,17 @@ class Unfailing:
         return getattr(self.stream, name)
 
     def write(self, text):
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
+        self.attempt(self.stream.write, text)
 
     def flush(self):
-        with contextlib.suppress(OSError):
-            self.stream.flush()
+        self.attempt(self.stream.flush)
+
+    def attempt(self, function, *args):
+        try:
+            function(*args)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
 
 
 def run_main(main):
@@ -77,20 +85,20 @@ def run_main(main):
     except UserError as error:
         text = str(error)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+        if error.errno not in (*FULL, errno.EROFS, errno.EACCES):
             raise
         text = f"{error}: make room, mend the permissions, or pass another folder"
     except RuntimeError as error:  # gloo has no type of its own for a connection that is lost
         if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
             raise
-        text = ("the connection to another process of this run is lost: it has ended, and what it said before tells why. "
-                "A training run goes on from its last checkpoint: start all its processes again, with --resume")
+        text = ("the processes of this run cannot reach each other; if one has ended, what it said before tells why. A training run "
+                f"goes on from its last checkpoint: start all its processes again, with --resume ({error})")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     else:
         return
-    print("error: " + " ".join(text.split()), file=sys.stderr)
+    print("error: " + " ".join(text.split()), file=Unfailing(sys.stderr))
     sys.exit(2)
 
 
@@ -111,7 +119,8 @@ def new_array(path, dtype, shape):
             with open(path, "r+b") as f:
                 os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
     except OSError:
-        os.remove(path)
+        with contextlib.suppress(OSError):  # it may not be there
+            os.remove(path)
         raise
 
 

@@ -1244,7 +1244,8 @@ def decode_recorded(gpt, codes, source, order, keep):
     """One guided pass of generation, continued with the recorded codes (B,K): so each cache is what a trained model has."""
     B, c = len(codes), gpt.config
     full = codes.gather(1, order) if c.mode == "randar" else codes.gather(1, source)       # (B,N) as they are drawn
-    noise, known = torch.rand(B, c.length, len(c.sub_bits), dtype=torch.float64, device=codes.device), 0
+    wide = torch.float32 if codes.device.type == "mps" else torch.float64
+    noise, known = torch.rand(B, c.length, len(c.sub_bits), dtype=wide, device=codes.device), 0
 
     def pick(h, noise, share):
         nonlocal known

@@ -88,7 +88,7 @@ def choose_classes(text, config):
 
 def check_keep(keep, config):
     """The --keep that sample_codes takes: None for the default."""
-    if keep and config.mode != "mergear":
+    if keep and config.mode == "raster":
         raise UserError(f"--keep {keep}: this {config.mode} model has no merge instruction; leave --keep out")
     if keep and keep not in config.keeps:
         raise UserError(f"--keep {keep} is not one of the merge counts this model was trained on: "
@@ -134,7 +134,11 @@ def open_images(args, run, side):
         try:
             os.makedirs(args.out, exist_ok=True)
             os.makedirs(os.path.dirname(os.path.abspath(args.npz or path)), exist_ok=True)
-            open(args.npz + ".tmp.npz" if args.npz else path, "wb").close()  # or it would fail when all images are drawn
+            if args.npz:  # or it would fail when all images are drawn
+                if os.path.isdir(args.npz):
+                    raise UserError(f"--npz {args.npz} is a folder; pass the name of a file")
+                open(args.npz + ".tmp.npz", "wb").close()
+                os.remove(args.npz + ".tmp.npz")
             new_array(path, np.uint8, (args.num, side, side, 3))
         except OSError as e:
             raise UserError(f"--out {args.out} or --npz {args.npz} cannot be written ({e.strerror}); pass another place")

@@ -248,7 +248,7 @@ def loader_workers(config):
     return config.workers if config.workers >= 0 else 0 if config.data == "shapes" else min(8, os.cpu_count() or 1)
 
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2  # 2: ranks of source recovery are stretched to the image
 
 
 def save_checkpoint(path, kind, keep_last=1, **state):
@@ -1028,7 +1028,7 @@ class SourceRecovery(nn.Module):
 
 @torch.no_grad()
 def most_likely_source(logits):
-    """Logits (B,L,K) of source -> the source (B,L) of largest sum of logits among those that can be.
+    """Finite logits (B,L,K) of source -> the source (B,L) of largest sum of logits among those that can be.
 
     Tokens are numbered by first position. So a position either opens the next token or belongs to one that is open, and the
     last position has seen all K. best[k] is the largest sum so far with tokens 0 ... k open (Viterbi's recursion).

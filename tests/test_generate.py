@@ -45,7 +45,7 @@ def write_generator(path, mode, num_classes=3):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
-    for mode in ("raster", "mergear"):
+    for mode in ("raster", "mergear", "randar"):
         write_generator(folder / f"{mode}.pt", mode)
     write_generator(folder / "unlabelled.pt", "mergear", 0)
     return folder
@@ -100,6 +100,13 @@ def test_every_flag_changes_the_images(place):
     for n, flags in enumerate((("--cfg", "1"), ("--temperature", "0.5"), ("--top-k", "2"), ("--top-p", "0.3"), ("--keep", "4"),
                                ("--classes", "dog"), ("--seed", "9"), ("--dtype", "bfloat16"))):
         assert not np.array_equal(base, run(place, f"flag{n}", "--num", "6", *flags)[0]), flags
+
+
+def test_keep_chooses_how_many_codes_randar_draws(place):
+    """Catches a --keep that is refused, or not passed on."""
+    base, four, same = (run(place, f"randar{n}", "--num", "4", *flags, ckpt="randar.pt")[0]
+                        for n, flags in enumerate(((), ("--keep", "4", "--steps", "4"), ("--keep", "6"))))
+    assert np.array_equal(base, same) and not np.array_equal(base, four)
 
 
 def test_class_choice():

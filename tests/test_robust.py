@@ -515,7 +515,7 @@ IMPOSSIBLE = {  # script -> flags, and a word of the message
     "recon": ("--keep 17", "--keep 4,17", "--classifier nowhere", "--features inception"),
     "maps": ("--keep 17",), "probe": ("--keep 17", "--data {flat}"), "sweep": ("--keep 17", "--data {flat}"),
     "ablate-source": ("--keep 17", "--recovery nowhere"),
-    "gen": ("--keep 5", "--cfg -1", "--top-p 1.5", "--num 5", "--ckpt {randar} --keep 4", "--classifier nowhere"),
+    "gen": ("--keep 5", "--cfg -1", "--top-p 1.5", "--num 5", "--ckpt {randar} --keep 5", "--classifier nowhere"),
     "finetune": ("--keep 17", "--batch-size 9 --accum 2", "--data {flat}", "--beta2 1", "--clip 0", "--resume"),
     "train-classifier": ("--data {flat} --size 8",), "stats": ("--features inception", "--classifier nowhere"),
     "speed": ("--keep 300", "--length 10", "--heads 3", "--width 30", "--bits 21", "--bits 4 --keep 64"),
@@ -621,7 +621,7 @@ def test_a_dead_rank_ends_the_others(place, dead, monkeypatch):
     codes = ranks(lambda rank: run_main(lambda: main(rank)))
     assert codes[dead] == -signal.SIGKILL and codes[1 - dead] == 2, codes
     text = open(log).read()
-    assert "error: the connection to another process of this run is lost" in text and "Traceback" not in text, text
+    assert "error: the processes of this run cannot reach each other" in text and "Traceback" not in text, text
     assert torch.load(place / f"dead{dead}/ckpt.pt", weights_only=True)["step"] in (1, 2)
 
 
