@@ -1313,7 +1313,7 @@ def speed(args, argv):
     add("decoding, guided", "images/s", {mode: args.batch_size / s for mode, s in seconds.items()}, "raster")
     drawn = {mode: args.batch_size * (args.keep if mode == "randar" else args.length) for mode in MODES}
     add("decoding, guided", "codes/s", {mode: drawn[mode] / s for mode, s in seconds.items()}, "raster")
-    add("KV cache", "bytes", {mode: gpt.new_cache(2 * args.batch_size, args.keep).nbytes() for mode, gpt in gpts.items()},
+    add("KV cache", "bytes", {mode: gpt.new_cache(2 * args.batch_size, args.keep).nbytes for mode, gpt in gpts.items()},
         "raster")
 
     record = dict(command=shlex.join(["python", "eval.py", *argv]), device=str(device), dtype=str(dtype), torch=torch.__version__,

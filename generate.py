@@ -199,7 +199,7 @@ def main(argv=None):
         cache = gpt.new_cache(1 if args.cfg == 1.0 or not names else 2, keep or config.keep)
         print(f"{args.num} images in {seconds:.1f} s: {args.num / seconds:.2f} images/s, "
               f"{args.num * codes.shape[1] / seconds:.0f} tokens/s; "
-              f"{config.mode} KV cache: {cache.rows} rows, {cache.nbytes():,} bytes an image")
+              f"{config.mode} KV cache: {cache.rows} rows, {cache.nbytes:,} bytes an image")
         print(f"wrote {os.path.join(args.out, 'samples.png')}" + (f" (the first {len(shown)})" if len(shown) < args.num else ""))
         if args.npz:
             partial = args.npz + ".tmp.npz"

@@ -274,16 +274,29 @@ def test_compact_cache_stays_within_its_bound(window):
 
     def spoil(cache, i):
         used.append(cache.rows_in_use())
-        unused = (cache.last_seen <= cache.t).repeat_interleave(cache.heads, 0)            # (Rh, rows)
+        unused = (cache.last_seen <= cache.t)[:, :cache.visible].repeat_interleave(cache.heads, 0)  # (Rh, rows)
         for rows in (*cache.keys, *cache.values):
             rows.masked_fill_(unused[..., None], 1e3)
 
     cached = cached_logits(gpt, codes, labels, keep, spoil)[0]
     assert torch.allclose(cached, full_logits(gpt, codes, labels, keep)[0], atol=1e-4)
-    assert gpt.new_cache(6, keep).rows == 2 + keep + window == gpt.new_cache(6, keep).keys[0].shape[1]
+    cache, c = gpt.new_cache(6, keep), gpt.config
+    assert cache.rows == 2 + keep + window and cache.nbytes == 2 * c.depth * 6 * cache.rows * c.width * 4
     used = torch.stack(used)
     assert used.max() == 2 + keep + window and used[:, 0].max() <= 3 + window  # one distinct code: one first
     assert used[-1, 0] == 3 + window
+
+
+def test_neighbours_do_not_change_a_bit():
+    """Catches a sample whose rounding depends on how many rows the others of its batch need: all attend to as many."""
+    gpt = small_gpt(mode="mergear", length=256, bits=8, keep=128, keeps=(128,), width=64)
+    few = torch.randint(0, 20, (1, 256), generator=torch.Generator().manual_seed(0))
+    many = torch.randint(0, 256, (3, 256), generator=torch.Generator().manual_seed(1))
+    labels, widths = torch.tensor([0, 1, 2, 3]), []
+    alone, beside = (cached_logits(gpt, torch.cat([few, others]), labels, 128, lambda cache, i: widths.append(cache.visible))[0][0]
+                     for others in (few.expand(3, -1), many))
+    assert torch.equal(alone, beside)
+    assert widths[255] == 32 and widths[-1] == 132 == gpt.new_cache(1, 128).rows
 
 
 def test_ring_slots_are_reused():
