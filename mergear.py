@@ -255,12 +255,12 @@ class Linear(nn.Linear):
         super().__init__(c_in, c_out, bias=False)
 
     def forward(self, x):
-        W, parts = self.weight, 2 * torch.get_num_threads()
-        rows = x.numel() // W.shape[1]
-        sampling = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_grad_enabled()
-        if not sampling or rows > 256 or W.numel() < 2 ** 16 or W.shape[0] % parts:
+        W, rows = self.weight, x.numel() // x.shape[-1]
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and rows <= 256 and W.numel() >= 2 ** 16
+        if not few or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return F.linear(x, W)
-        x, shape = x.reshape(1, rows, -1).expand(parts, -1, -1), (*x.shape[:-1], -1)       # (parts,rows,c_in)
+        parts, shape = math.gcd(2 * torch.get_num_threads(), len(W)), (*x.shape[:-1], len(W))
+        x = x.reshape(1, rows, W.shape[1]).expand(parts, -1, -1)                           # (parts,rows,c_in)
         y = torch.bmm(x, W.view(parts, -1, W.shape[1]).transpose(1, 2))                    # (parts,rows,c_out/parts)
         return y.transpose(0, 1).reshape(shape)
 
@@ -451,15 +451,15 @@ def bucket(n, limit):
 
 
 class Cache:
-    """Keys and values: for each layer a tensor (R*h, rows, D/h), and the rotary angles of every sequence row."""
+    """Keys and values: for each layer a tensor (R*h, rows, D/h) of its own, as torch.compile copies what a view is part of; and
+    the rotary angles of every sequence row."""
     def __init__(self, gpt, sequences, rows):
         c, weight = gpt.config, gpt.mask_embed
         kind, self.rows = weight.device.type, rows
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
         else:
-            dtype = torch.float32 if kind == "cpu" else weight.dtype  # one row in bfloat16 is slow on a CPU
-        # not one large tensor: torch.compile writes in place into a whole tensor only, and copies what a view is part of
+            dtype = weight.dtype if kind != "cpu" else torch.promote_types(weight.dtype, torch.float32)  # bfloat16 is slow there
         layers = lambda: [weight.new_zeros(sequences * c.heads, rows, c.width // c.heads, dtype=dtype) for _ in range(c.depth)]
         self.keys, self.values = layers(), layers()
         self.nbytes = sum(x.nbytes for x in (*self.keys, *self.values))
@@ -518,10 +518,13 @@ class CompactCache(Cache):
 
     def widen(self, rows):
         """Make at least so many rows of each sequence visible. `keys` and `values` have only these, without gaps, past which
-        a CPU reads at 0.6 of the speed; so what is stored moves, K / 32 times an image."""
-        old, n = self.visible, bucket(rows, self.rows)
+        a CPU reads at 0.6 of the speed; so what is stored moves, K / 32 times an image.
+
+        A sample must not depend on how many rows its neighbours need. More rows, all unseen, change no bit of it, as far as
+        tested (MKL): but for products of fewer than 400 numbers, which ATen computes in another way. So never so few."""
+        old, n = self.visible, bucket(max(rows, 400 // self.keys[0].shape[2] + 1), self.rows)
         if n > old:
-            part = lambda x, n: x.flatten()[:x.shape[0] * n * x.shape[2]].view(x.shape[0], n, x.shape[2])
+            part = lambda x, n: x.view(-1)[:x.shape[0] * n * x.shape[2]].view(x.shape[0], n, x.shape[2])
             for x in (*self.all_keys, *self.all_values):
                 part(x, n)[:, :old] = part(x, old).clone()
             self.keys, self.values = ([part(x, n) for x in layers] for layers in (self.all_keys, self.all_values))
@@ -555,7 +558,8 @@ class CompactCache(Cache):
         """(R,h,1,D/h) each -> (R,h,1,D/h). Attend to the rows seen and to oneself; then store oneself."""
         keys, values, shape = self.keys[layer], self.values[layer], q.shape
         dtype = q.dtype
-        q, k, v = (x.flatten(0, 1).to(keys.dtype) for x in (q * shape[-1] ** -0.5, k, v))  # (Rh,1,D/h)
+        q, k, v = (x.flatten(0, 1).to(keys.dtype) for x in (q, k, v))                      # (Rh,1,D/h)
+        q = q * shape[-1] ** -0.5
         scores = torch.bmm(q, keys.transpose(1, 2))                                        # (Rh,1,n)
         scores = scores.view(-1, self.heads, self.visible) + self.bias                     # (R,h,n)
         itself = (q * k).sum(-1).view(-1, self.heads, 1)                                   # (R,h,1)
@@ -648,7 +652,8 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
     mode also the bound of its cache, in randar mode the number of codes. steps: of parallel decoding, randar mode only
     (default: see arccos_steps; `keep` steps draw one code at a time). With codes of two sub-tokens, temperature, top_k and
     top_p act on each in turn: top_k = 10 leaves up to 10 x 10 codes, top_p = 0.9 at least 0.9 x 0.9 of the probability.
-    The arithmetic is that of gpt's weights: gpt.to(torch.bfloat16) samples, and caches, in bfloat16.
+    The arithmetic is that of gpt's weights: gpt.to(torch.bfloat16) samples in bfloat16, and caches in it, but on a CPU, where
+    attention is in float32.
     """
     c, device = gpt.config, gpt.mask_embed.device
     assert not gpt.training, "sample from a model in eval mode"

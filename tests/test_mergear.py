@@ -236,6 +236,34 @@ def test_dropped_inputs_are_hidden():
     assert torch.allclose(a, b, atol=1e-5) and not torch.allclose(a, gpt(codes, labels)[0], atol=1e-2)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_split_product_is_the_product(threads):
+    """Catches parts of the outputs in the wrong order, or rows that are mixed up, in products split over the threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for c_in, c_out, shape in ((256, 256, (8, 1)), (256, 1024, (3, 5)), (300, 262, (2, 2)), (512, 129, (4, 1)),
+                                   (256, 260, (300, 1)), (256, 256, (0, 1))):
+            linear, x = mergear.Linear(c_in, c_out), torch.randn(*shape, c_in)
+            with torch.no_grad():
+                y = linear(x)
+            assert y.shape == (*shape, c_out) and y.is_contiguous()
+            assert torch.allclose(y, x @ linear.weight.T, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", ["raster", "mergear"])
+def test_bfloat16_attends_in_float32_on_a_cpu(mode):
+    """Catches a cache in bfloat16, which is slow there, one that mixes types, and a model that computes in float32 altogether."""
+    gpt = small_gpt(mode=mode).to(torch.bfloat16)
+    codes, labels = redundant_codes(4, 16, 16), torch.zeros(4, dtype=torch.long)
+    assert gpt.new_cache(4, 4).keys[0].dtype == torch.float32
+    cached, full = cached_logits(gpt, codes, labels, 4)[0], full_logits(gpt, codes, labels, 4)[0]
+    assert cached.dtype == torch.bfloat16
+    assert torch.allclose(cached.float(), full.float(), atol=0.5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # caches
 
@@ -287,16 +315,22 @@ def test_compact_cache_stays_within_its_bound(window):
     assert used[-1, 0] == 3 + window
 
 
-def test_neighbours_do_not_change_a_bit():
-    """Catches a sample whose rounding depends on how many rows the others of its batch need: all attend to as many."""
-    gpt = small_gpt(mode="mergear", length=256, bits=8, keep=128, keeps=(128,), width=64)
+@pytest.mark.parametrize("heads", [1, 2, 4, 8])  # of width 64, 32, 16, 8
+def test_neighbours_do_not_change_a_bit(heads):
+    """Catches a sample whose rounding depends on how many rows the others of its batch need, as all attend to as many; and
+    rows lost when they move to make room."""
+    gpt = small_gpt(mode="mergear", length=256, bits=8, keep=128, keeps=(128,), width=64, heads=heads)
     few = torch.randint(0, 20, (1, 256), generator=torch.Generator().manual_seed(0))
     many = torch.randint(0, 256, (3, 256), generator=torch.Generator().manual_seed(1))
-    labels, widths = torch.tensor([0, 1, 2, 3]), []
-    alone, beside = (cached_logits(gpt, torch.cat([few, others]), labels, 128, lambda cache, i: widths.append(cache.visible))[0][0]
-                     for others in (few.expand(3, -1), many))
-    assert torch.equal(alone, beside)
-    assert widths[255] == 32 and widths[-1] == 132 == gpt.new_cache(1, 128).rows
+    labels, widths, logits = torch.tensor([0, 1, 2, 3]), [], []
+    with torch.no_grad():
+        for others in (few.expand(3, -1), many):
+            codes = torch.cat([few, others])
+            logits.append(cached_logits(gpt, codes, labels, 128, lambda cache, i: widths.append(cache.visible))[0])
+        full = full_logits(gpt, codes, labels, 128)[0]
+    assert torch.equal(logits[0][0], logits[1][0])
+    assert widths[254] == (64 if heads == 8 else 32) and widths[-1] == 132 == gpt.new_cache(1, 128).rows
+    assert torch.allclose(logits[1], full, atol=1e-3)
 
 
 def test_ring_slots_are_reused():
