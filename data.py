@@ -80,7 +80,7 @@ def run_main(main):
     """Every script ends with this, after it has set the allocator: a UserError becomes one line on stderr and exit code 2. So
     does what is no fault of the script's: a disk that is full or write-protected, and another process that has ended."""
     # glibc gives the memory of a large tensor back at once, and has it mapped anew, page by page, for the next one: until a
-    # block of its limit, 32 MB, has been freed. A tenth of a training step, a fifth of a decoding step on a CPU
+    # block of its limit, 32 MB, has been freed. That was a fifth of a decoding step on a CPU
     torch.empty(2 ** 25 - 2 ** 16, dtype=torch.uint8)
     try:
         with contextlib.redirect_stdout(Unfailing(sys.stdout)), contextlib.redirect_stderr(Unfailing(sys.stderr)):

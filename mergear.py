@@ -451,8 +451,7 @@ def bucket(n, limit):
 
 
 class Cache:
-    """Keys and values: for each layer a tensor (R*h, rows, D/h) of its own, as torch.compile copies what a view is part of; and
-    the rotary angles of every sequence row."""
+    """Keys and values: for each layer a tensor (R*h, rows, D/h) of its own; and the rotary angles of every sequence row."""
     def __init__(self, gpt, sequences, rows):
         c, weight = gpt.config, gpt.mask_embed
         kind, self.rows = weight.device.type, rows
