@@ -249,7 +249,7 @@ def causal_attention(q, k, v):
 
 
 class Linear(nn.Linear):
-    """nn.Linear without bias, that samples 1.2 to 1.8 times as fast in float32 on a CPU: MKL gives a product with few rows to
+    """nn.Linear without bias, 1.2 to 1.8 times as fast when sampling in float32 on a CPU: MKL gives a product with few rows to
     one thread, and a batch of products, one for each part of the outputs, to all of them."""
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, bias=False)
