@@ -1511,7 +1511,7 @@ def evaluate(model, dataset, config, run):
             at_target, at_full = model.decode(encoded.codes, encoded.source), model.decode(full.codes, full.source)
         counts += torch.bincount(encoded.codes.flatten(), minlength=len(counts))
         sums += torch.stack([v.sum().to(sums.dtype) for v in
-                             (psnr(at_target, images), psnr(at_full, images), recovered, torch.ones(len(images)))]).to(sums)
+                             (psnr(at_target, images), psnr(at_full, images), recovered, torch.ones(len(images), device=images.device))]).to(sums)
     if run.world > 1:
         dist.all_reduce(counts)
         dist.all_reduce(sums)
