@@ -1,109 +1,1249 @@
 """
-Data: every image that MergeVQ trains on or is measured with comes through this file.
+Everything around the models: images in, runs out.
 
-    python data.py --data shapes                             # look at a data set: counts, names, out/data/preview.png
-    python data.py --data imagenet --split val --size 256    # any folder of class folders, with or without train/ val/
-    python data.py --data imagenet --pack packed --size 256  # shrink it once into tar shards, then use --data packed
-    python data.py --data "packed/*.tar" --size 256          # a .tar or a quoted glob of tars; nothing is unpacked
+    python data.py --data shapes                             # look at a data set
+    python data.py --data imagenet --split val --size 256    # counts, names, preview.png
+    python data.py --data imagenet --pack packed --size 256  # shrink it once into tar shards
 
-`--data` (the `spec` of build_dataset) is one of
-    shapes           ten classes of drawings, made on the fly: nothing to download, any size
-    FOLDER           class folders (cat/1.jpg), below train/ and val/ (or validation/, test/) where those exist.
-                     Without a val folder every 20th image or so, by a hash of its path, is the val split.
-                     Images without class folders are an unlabelled data set: num_classes = 0, every label 0.
-                     A flat val/ beside a labelled train/ needs val_labels.txt with lines "filename class".
-    FILE.tar, GLOB   the same layouts inside tar files, or WebDataset pairs (key.jpg + key.cls)
-
-Images are float32 (3, size, size) in [-1, 1]. Nothing here depends on a global random state: which image comes at
-which step, and how it is augmented, are functions of (seed, epoch, index), so a run that resumes at step 1,000, or
-moves to another number of GPUs or workers, sees exactly the images it would have seen.
+--data (the `spec` of build_dataset) is one of
+    shapes             ten classes of drawings, made on the fly at any size
+    FOLDER             class folders (cat/1.jpg), or images without labels (1.jpg)
+    FILE.tar           the same paths in tars, which are not unpacked; or WebDataset samples:
+    "w/*.tar"          key.jpg with key.cls or key.json ("label" or "cls"), where a key ends at
+    w/{000..146}.tar   the first dot; or one tar per class (cat.tar). Names of tars that differ
+    FOLDER of tars     only in a number are shards
+The split is read off a folder above the class folders, the folder of a tar or a word of its name:
+train or training; the first of val, valid, validation, dev, test, testing that is there. With
+neither, 1 image in 20 is val. A flat val/1.jpg needs val_labels.txt, val_annotations.txt or
+labels.txt in val/ or next to it, with lines "filename class". Without class folders, or with
+--no-labels, every label is 0. What is left out is counted and named: describe(), unreadable().
 """
 
 import argparse
+import atexit
+import collections
 import contextlib
-import errno
+import dataclasses
+import datetime
 import functools
 import glob
 import hashlib
 import io
+import itertools
+import json
 import math
+import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import tarfile
+import threading
 import time
 import warnings
+from typing import NamedTuple
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
-# -----------------------------------------------------------------------------
-# mistakes of the user's: one line that names the value and the remedy, not a traceback
-
-
 class UserError(ValueError):
-    """Something the user can put right. The message is one line: what was wrong, and what to do."""
-
-
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-
-
-class Unfailing:
-    """A stream that lets a full disk pass: a log on it must not end the run that it tells of. A closed pipe ends it."""
-    def __init__(self, stream):
-        self.stream = stream
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        self.attempt(self.stream.write, text)
-
-    def flush(self):
-        self.attempt(self.stream.flush)
-
-    def attempt(self, function, *args):
-        try:
-            function(*args)
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-
+    """A mistake that the user can put right: one line, what is wrong and what to do."""
 
 def run_main(main):
-    """Every script ends with this, after it has set the allocator: a UserError becomes one line on stderr and exit code 2. So
-    does what is no fault of the script's: a disk that is full or write-protected, and another process that has ended."""
-    # glibc gives the memory of a large tensor back at once, and has it mapped anew, page by page, for the next one: until a
-    # block of its limit, 32 MB, has been freed. That was a fifth of a decoding step on a CPU
-    torch.empty(2 ** 25 - 2 ** 16, dtype=torch.uint8)
+    """Run a script's main(). Exit code 0 when done, 2 with one line for a UserError, 1 with a
+    traceback for a bug, 130 for Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # started without a terminal
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(getattr(sys, name), "reconfigure"):  # escape what the terminal cannot show
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+    # one large block makes glibc keep freed memory, which CPU decoding needs at every step
+    torch.empty(2**25 - 2**16, dtype=torch.uint8)
     try:
-        with contextlib.redirect_stdout(Unfailing(sys.stdout)), contextlib.redirect_stderr(Unfailing(sys.stderr)):
-            main()
-    except UserError as error:
-        text = str(error)
-    except OSError as error:
-        if error.errno not in (*FULL, errno.EROFS, errno.EACCES):
-            raise
-        text = f"{error}: make room, mend the permissions, or pass another folder"
-    except RuntimeError as error:  # gloo has no type of its own for a connection that is lost
-        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            raise
-        text = ("the processes of this run cannot reach each other; if one has ended, what it said before tells why. A training "
-                f"run goes on from its last checkpoint: start all its processes again, with --resume ({error})")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    else:
+        main()
+        sys.stdout.flush()
         return
-    print("error: " + " ".join(text.split()), file=Unfailing(sys.stderr))
-    sys.exit(2)
+    except KeyboardInterrupt:
+        code, text = 130, "interrupted"
+    except UserError as error:
+        code, text = 2, f"error: {error}"
+    except BrokenPipeError:  # whoever read our output has left, as in `| head -1`
+        code, text = 1, ""
+        sys.stdout = open(os.devnull, "w")
+    except OSError as error:  # a full disk, a folder that has gone
+        code, text = 2, f"error: {error}: make room, or pass a folder that can be written"
+    print(" ".join(text.split()), file=sys.stderr)
+    sys.exit(code)
 
+@atexit.register
+def kill_children():
+    """End the loader processes. They ignore SIGTERM, so Python would wait for them for ever."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or PyTorch's handler raises
+    for child in multiprocessing.active_children():
+        child.kill()
+
+# ------------------------------------------------------------------------------
+# One image: bytes -> PIL RGB -> crop -> tensor
+
+MAX_PIXELS = 500_000_000  # of one image: a small file may unpack to all of the memory
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses above twice this number
+PngImagePlugin.MAX_TEXT_CHUNK = 2**28  # bytes of one text or colour profile of a PNG
+PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+Image.init()
+# EPS would start Ghostscript; the others are names for which Pillow has no decoder
+FORMATS = [name for name in Image.OPEN
+           if name not in ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF")]
+EXTENSIONS = {extension for extension, name in Image.registered_extensions().items()
+              if name in FORMATS or name == "MPO"}
+
+class Unreadable(Exception):
+    """An image file that cannot be decoded. The message is the reason."""
+
+def load_image(content, draft_size=None):
+    """The bytes of an image file -> PIL RGB, upright. Raises Unreadable. draft_size: the short
+    side that is needed; libjpeg decodes a large JPEG at 1/2, 1/4 or 1/8 for less work."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            if draft_size is not None:
+                image.draft(None, (draft_size, draft_size))
+            image.load()
+    except UnidentifiedImageError:
+        raise Unreadable("not an image that Pillow reads" if content else "an empty file") from None
+    except Image.DecompressionBombError as error:
+        raise Unreadable(f"{error} To read it, raise MAX_PIXELS in data.py") from None
+    except Exception as error:  # decoders raise many types
+        raise Unreadable(str(error) or type(error).__name__) from None
+    with contextlib.suppress(Exception):  # a damaged tag: the pixels as stored
+        image = ImageOps.exif_transpose(image)
+    return to_rgb(image)
+
+def to_rgb(image):
+    """Any PIL mode -> RGB. Transparency is laid on white, and deep greys become 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.float64)
+        finite = values[np.isfinite(values)]
+        if finite.size == 0:
+            raise Unreadable("no pixel is a finite number")
+        # white is 1, 255 or 65535: percentiles, as a few stray pixels shall not decide
+        low = np.percentile(finite, 1, method="higher")
+        high = np.percentile(finite, 99, method="lower")
+        if low < 0 or high > 65535:
+            raise Unreadable(f"pixels from {low:g} to {high:g}: convert it to 8 or 16 bits")
+        white = 1 if high <= 1 else 255 if high <= 255 else 65535
+        white = 65535 if image.mode.startswith("I;16") else white
+        values = np.nan_to_num(values * (255 / white), nan=0.0)
+        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+def center_crop(image, size):
+    """The central square, resized to size x size: the one crop of validation, code extraction
+    and evaluation. Its edges may lie on half pixels. Small images are enlarged."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return resize(to_rgb(image), (size, size), (left, top, left + side, top + side))
+
+def resize(image, size, box):
+    """Antialiased. reducing_gap averages whole blocks first: several times faster on photos."""
+    return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+def random_box(size, draws, scale):
+    """RandomResizedCrop's box: share of the area within `scale`, aspect from 3/4 to 4/3."""
+    width, height = size
+    area = scale[0] + draws[0] * (scale[1] - scale[0])
+    ratio = (4 / 3) ** (2 * draws[1] - 1)
+    # a panorama is too thin for the area: there the crop shrinks and keeps its aspect
+    h = min(math.sqrt(area * width * height / ratio), height, width / ratio)
+    w = min(h * ratio, width)
+    left, top = draws[2] * (width - w), draws[3] * (height - h)
+    return left, top, min(left + w, width), min(top + h, height)
+
+def from_uint8(pixels):
+    """(N,H,W,3) uint8, numpy or torch -> (N,3,H,W) float32 in [-1,1]."""
+    pixels = torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous()
+    return pixels.float() / 127.5 - 1
+
+def to_uint8(images):
+    """(N,3,H,W) in [-1,1] -> (N,H,W,3) numpy uint8, rounded to the nearest."""
+    images = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
+    return images.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+def uniform(count, *key):
+    """`count` uniform draws in [0,1), a function of the integers of `key`."""
+    return np.random.default_rng([int(k) for k in key]).random(count).tolist()
+
+# ------------------------------------------------------------------------------
+# Data sets: an ImageDataset. They differ in where load(i) finds the pixels
+
+# a number per use of randomness, so that no two share their draws
+AUGMENT_STREAM, VIEW_STREAM, ORDER_STREAM, SHAPES_STREAM, SUBSET_STREAM = 1, 2, 3, 4, 5
+
+class View(NamedTuple):
+    """Key of an ImageDataset: view v of image i. 0: centre crop, 1: its mirror, more: crops."""
+    i: int
+    v: int
+
+class ImageDataset(Dataset):
+    """ds[i] or ds[(epoch, i)] -> (image float32 (3,size,size) in [-1,1], label int).
+    The crop is a function of (seed, epoch, i). The next readable image takes the place of an
+    unreadable one. Raises UserError when more than 1 %, and more than one, are unreadable."""
+    crop_scale = (0.5, 1.0)  # the share of the picture's area that a training crop keeps
+
+    def __init__(self, labels, class_names, size, train, seed, note=""):
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.class_names = class_names
+        self.num_classes = len(class_names)
+        self.size, self.train, self.seed, self.note = size, train, seed, note
+        self.faults = {}  # index -> why this image is unreadable
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, index, draft_size=None):
+        """The whole picture as PIL RGB. Raises Unreadable."""
+        return load_image(self.raw(index), draft_size)
+
+    def raw(self, index):
+        """The bytes of the image file; None for a drawing. Raises Unreadable."""
+
+    def name(self, index):
+        return str(index)
+
+    def stamp(self, index):
+        """A text that changes when the file of image `index` does."""
+        return self.name(index)
+
+    def __getitem__(self, key):
+        pixels, label = self.pixels(key)
+        return from_uint8(pixels[None])[0], label
+
+    def view(self, index, v):
+        return self[View(index, v)]
+
+    def pixels(self, key):
+        """ds[key] before it becomes a tensor -> ((size,size,3) uint8, label)."""
+        if isinstance(key, View):
+            i, number = key
+            stream, scale = VIEW_STREAM, (0.8, 1.0)
+            random, mirror = number > 1, number == 1
+        else:
+            number, i = key if isinstance(key, tuple) else (0, key)  # number: the epoch
+            stream, scale = AUGMENT_STREAM, self.crop_scale
+            random, mirror = self.train, False
+        i = range(len(self))[i]
+        # twice the size: even the smallest crop keeps more pixels than the result has
+        image, label = self.read(i, 2 * self.size)
+        draws = uniform(5, self.seed, stream, number, i)
+        if random and scale:
+            box = random_box(image.size, draws, scale)
+            image = resize(image, (self.size, self.size), box)
+        else:
+            image = center_crop(image, self.size)
+        if draws[4] < 0.5 if random else mirror:
+            image = ImageOps.mirror(image)
+        return np.array(image), label
+
+    def read(self, index, draft_size):
+        """The first readable image from `index` on -> (PIL image, label)."""
+        for i in itertools.chain(range(index, len(self)), range(index)):
+            if i not in self.faults:
+                try:
+                    return self.load(i, draft_size), int(self.labels[i])
+                except Unreadable as error:
+                    self.add_fault(i, str(error))
+        raise UserError(f"none of the {len(self)} images can be read, for instance "
+                        f"{self.unreadable()[0]}: check that the files are complete images")
+
+    def add_fault(self, index, reason):
+        """Remember an unreadable image. The main process names it, and stops at too many."""
+        known = index in self.faults
+        self.faults[index] = reason
+        if known or get_worker_info() is not None:
+            return
+        names = self.unreadable()
+        tqdm.write(f"unreadable, left out: {names[-1]}", file=sys.stderr)
+        if len(names) > max(1, 0.01 * len(self)):
+            raise UserError(f"{len(names)} of {len(self)} images are unreadable, more than 1 %: "
+                            f"{', '.join(names[:20])}; replace or remove these files")
+
+    def unreadable(self):
+        """'name (reason)' of the unreadable images met so far, also by loader processes."""
+        return [f"{self.name(i)} ({reason})" for i, reason in self.faults.items()]
+
+    def digest(self):
+        """sha256 of paths, file sizes and dates, labels and class names, as hex digits."""
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest.update(self.labels.tobytes())
+        for i in range(len(self)):
+            digest.update(os.fsencode(self.stamp(i)) + b"\0")
+        return digest.hexdigest()
+
+    def describe(self):
+        classes = f"{self.num_classes} classes" if self.num_classes else "unlabelled"
+        note = f" ({self.note})" if self.note else ""
+        return f"{len(self):,} images, {classes}, {self.size}px{note}"
+
+def build_dataset(spec, split, size, train, seed=0, labels=True):
+    """--data -> ImageDataset of the split "train" or "val". train: random crops, else the centre
+    crop. labels False: folders are not classes. Raises UserError."""
+    assert split in ("train", "val") and size > 0, f"{split} {size}"
+    kind = Shapes if spec == "shapes" else ImageFiles
+    return kind(spec, split, size, train, seed, labels)
+
+# The embedded data set: one coloured shape on a quiet background
+
+def _ngon(n, radius=1.0, turn=0.0):
+    angle = 2 * math.pi * (np.arange(n) / n + turn)
+    return np.stack([np.sin(angle), -np.cos(angle)], 1) * np.resize(radius, (n, 1))
+
+def _heart():
+    t = 2 * math.pi * np.arange(64) / 64
+    x = 16 * np.sin(t) ** 3
+    y = -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)
+    return np.stack([x, y + 1], 1) / 17
+
+_BAR = np.array([(-.95, -.3), (.95, -.3), (.95, .3), (-.95, .3)])
+_ARROW = np.array([(0, -1), (.75, -.1), (.28, -.1), (.28, .95), (-.28, .95), (-.28, -.1),
+                   (-.75, -.1)])
+_HOURGLASS = np.array([(-.65, -.76), (.65, -.76), (.1, 0), (.65, .76), (-.65, .76), (-.1, 0)])
+
+# name -> outlines in the unit disc (x right, y down), each drawn (1) or cut out again (0)
+SHAPES = {
+    "circle": [(_ngon(64), 1)],
+    "square": [(_ngon(4, turn=1 / 8), 1)],
+    "triangle": [(_ngon(3), 1)],
+    "star": [(_ngon(10, (1, 0.42)), 1)],
+    "plus": [(_BAR, 1), (_BAR[:, ::-1], 1)],
+    "ring": [(_ngon(64), 1), (_ngon(64, 0.55), 0)],
+    "heart": [(_heart(), 1)],
+    "moon": [(_ngon(64), 1), (_ngon(64, 0.85) + (0.5, 0), 0)],
+    "arrow": [(_ARROW, 1)],
+    "hourglass": [(_HOURGLASS, 1)],
+}
+# few colours, so that a code of eight bits can hold one. Backgrounds: four dark, four light
+OBJECT_COLORS = np.array([(.90, .15, .15), (1.0, .55, .10), (1.0, .90, .15),
+                          (.15, .70, .25), (.15, .30, .90), (.55, .20, .75)])
+BACKGROUND_COLORS = np.array([(.08, .09, .14), (.22, .12, .10), (.08, .20, .15), (.22, .18, .30),
+                              (.95, .93, .88), (.80, .88, .97), (.84, .95, .82), (.97, .84, .82)])
+
+class Shapes(ImageDataset):
+    """Drawing i of a split is a function of (seed, split, i) and shows class i % 10, wholly
+    visible, at any place, angle and size."""
+
+    crop_scale = None  # place and size vary already: training only adds the mirror image
+
+    def __init__(self, spec, split, size, train, seed, labelled=True):
+        count = 20_000 if split == "train" else 1_000
+        names = list(SHAPES) if labelled else []
+        super().__init__(np.arange(count) % 10 * labelled, names, size, train, seed)
+        self.split = split
+        self.cache = {}  # small drawings are kept: every epoch after the first is free
+
+    def name(self, index):
+        return f"shapes/{self.split}/{index}"
+
+    def stamp(self, index):
+        return f"{self.name(index)} {self.size} {self.seed}"
+
+    def load(self, index, draft_size=None):
+        pixels = self.cache.get(index)
+        if pixels is None:
+            draws = uniform(20, self.seed, SHAPES_STREAM, self.split == "val", index)
+            pixels = draw_shape(list(SHAPES)[index % 10], self.size, draws)
+        if self.size <= 64:
+            self.cache[index] = pixels
+        return Image.fromarray(pixels)
+
+def draw_shape(name, size, draws):
+    """One shape from 20 uniform draws -> (size,size,3) uint8."""
+    u = iter(draws)
+    color = OBJECT_COLORS[int(6 * next(u))]
+    radius = (0.55 + 0.3 * next(u)) / 2  # as a fraction of the image's side
+    center = radius + np.array([next(u), next(u)]) * (1 - 2 * radius)
+    angle = (next(u) - 0.5) * math.pi / 4  # up to 22.5 degrees either way
+    cos, sin = math.cos(angle), math.sin(angle)
+    # the outline at 4 times the size, averaged down: smooth edges
+    canvas = Image.new("L", (4 * size, 4 * size))
+    pen = ImageDraw.Draw(canvas)
+    for points, fill in SHAPES[name]:
+        points = points @ np.array([[cos, sin], [-sin, cos]]) * radius + center
+        pen.polygon((4 * size * points).ravel().tolist(), fill=255 * fill)
+    mask = np.asarray(canvas.reduce(4), dtype=np.float32)[..., None] / 255  # (size,size,1)
+    # two background colours, both dark behind a light object or both light behind a dark one
+    light = 4 * (color @ (0.299, 0.587, 0.114) < 0.58)
+    place = int(4 * next(u))
+    first = BACKGROUND_COLORS[place + light]
+    second = BACKGROUND_COLORS[(place + 1) % 4 + light]
+    kind, horizon = next(u), 0.25 + 0.5 * next(u)
+    mix = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]  # 0 top, 1 bottom
+    if kind < 0.34:
+        mix = np.float32(0)  # plain
+    elif kind >= 0.67:
+        mix = np.clip((mix - horizon) * size + 0.5, 0, 1)  # a horizon, one pixel soft
+    image = first + mix * (second - first)
+    image = image + mask * (color - image)
+    return (image * 255 + 0.5).astype(np.uint8)
+
+# ------------------------------------------------------------------------------
+# Image files: find them in folders or tars, then read split and class off their paths
+
+TRAIN_WORDS = ("train", "training")
+VAL_WORDS = ("val", "valid", "validation", "dev", "test", "testing")  # the first one wins
+SPLIT_WORDS = TRAIN_WORDS + VAL_WORDS
+LABEL_FILES = ("val_labels.txt", "val_annotations.txt", "labels.txt")
+CLASS_LIST = "classes.txt"  # in the shards of a pack: class names in the order of their ids
+STRAY = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
+
+class Entry(NamedTuple):
+    """An image; or a folder, then `path` ends with "/". It may be a class without images."""
+    path: str  # train/cat/1.jpg: split and class are read off it
+    name: str  # the same below --data or inside the tar
+    where: tuple = ()  # in a tar: (number of the tar, offset, bytes)
+    label: str = ""  # from key.cls or key.json of WebDataset
+
+    def top(self):
+        return self.path.split("/")[0] if "/" in self.path else ""
+
+    def class_name(self):
+        return self.label or self.top()
+
+def images_of(entries):
+    return [entry for entry in entries if not entry.path.endswith("/")]
+
+class Found:
+    """What lies at --data."""
+
+    def __init__(self):
+        self.entries, self.shards, self.class_list = [], [], []
+        self.left_out = collections.Counter()  # kind -> number of files
+
+    def is_image(self, path):
+        """Does Pillow read files of this kind? The others are counted."""
+        name = os.path.basename(path)
+        kind = os.path.splitext(name)[1].lower() or "without extension"
+        kind = "hidden" if name.startswith(".") else kind
+        self.left_out[kind] += kind not in EXTENSIONS
+        return kind in EXTENSIONS
+
+    def omitted(self):
+        most = self.left_out.most_common(10)
+        return ", ".join(f"{number} {kind}" for kind, number in most if number)
+
+class ImageFiles(ImageDataset):
+    """Images in folders or tars. The pixels stay there; paths and offsets are held."""
+
+    def __init__(self, spec, split, size, train, seed, labelled=True):
+        spec = os.path.expanduser(str(spec))
+        found = find_images(spec)
+        images, class_names, labels, notes = select(found, spec, split, labelled)
+        super().__init__(labels, class_names, size, train, seed, "; ".join(notes))
+        # compact arrays: every loader process would copy a million Python objects
+        self.names = np.array([os.fsencode(image.name) for image in images])
+        self.places = np.array([image.where for image in images])
+        self.root, self.shards = spec, found.shards
+
+    def file(self, index):
+        """The image's own file, or the tar that it lies in."""
+        if self.shards:
+            return self.shards[self.places[index, 0]]
+        return os.path.join(self.root, os.fsdecode(self.names[index]))
+
+    def name(self, index):
+        inside = "/" + os.fsdecode(self.names[index]) if self.shards else ""
+        return self.file(index) + inside
+
+    def raw(self, index):
+        try:
+            with open(self.file(index), "rb", buffering=0) as file:
+                if not self.shards:
+                    return file.read()
+                _, offset, length = self.places[index].tolist()
+                return os.pread(file.fileno(), length, offset)
+        except OSError as error:
+            raise Unreadable(error.strerror or str(error)) from None
+
+    def stamp(self, index):
+        status = None
+        with contextlib.suppress(OSError):
+            status = os.stat(self.file(index))
+            status = status.st_size, status.st_mtime_ns
+        return f"{self.names[index]} {self.places[index]} {status}"
+
+def find_images(spec):
+    """--data -> Found: images and folders of all splits, sorted. Raises UserError."""
+    found = Found()
+    if os.path.isdir(spec):
+        root, paths = spec, list(walk(spec, found))
+        found.entries = [Entry(p, p) for p in paths if p.endswith("/") or found.is_image(p)]
+        tars = [os.path.join(spec, path) for path in paths if path.lower().endswith(".tar")]
+    else:
+        root = os.path.dirname(re.split(r"[*?\[{]", spec)[0])
+        tars = find_tars(spec)
+    if not images_of(found.entries):
+        del found.left_out[".tar"]
+        found.shards = tars
+        found.entries = name_by_tar(read_tars(found), tars, root)
+    if not images_of(found.entries):
+        raise UserError(f"{spec} holds no images (left out: {found.omitted() or 'nothing'})")
+    found.entries.sort(key=lambda entry: (entry.path.split("/"), entry.where))
+    return found
+
+def walk(root, found, prefix="", above=()):
+    """Yield the paths below a folder, those of folders with "/" at their end. Links are
+    followed, but never back up. A folder that cannot be listed costs itself alone."""
+    top = os.path.join(root, prefix[:-1])
+    above = (*above, os.path.realpath(top))
+    try:
+        items = sorted(os.scandir(top), key=lambda item: item.name)
+    except OSError as error:
+        found.left_out[f"{top}/ ({error.strerror})"] += 1
+        return
+    if prefix:
+        yield prefix
+    for item in items:
+        if not (os.path.isdir(item.path) if item.is_symlink() else item.is_dir()):
+            yield prefix + item.name
+        elif item.name[0] == "." or item.name in STRAY or os.path.realpath(item.path) in above:
+            found.left_out[f"{item.path}/"] += 1
+        else:
+            yield from walk(root, found, f"{prefix}{item.name}/", above)
+
+def find_tars(spec):
+    """A tar, a glob, w-{000..146}.tar or w-{train,val}.tar -> paths. Raises UserError."""
+    brace = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", spec)
+    if brace:
+        first, last, words = brace.groups()
+        if first:
+            words = ",".join(f"{n:0{len(first)}}" for n in range(int(first), int(last) + 1))
+        start, end = spec[:brace.start()], spec[brace.end():]
+        return [path for word in words.split(",") for path in find_tars(start + word + end)]
+    paths = [spec] if os.path.isfile(spec) else sorted(glob.glob(spec, recursive=True))
+    paths = [path for path in paths if path.lower().endswith(".tar")]
+    if not paths:
+        raise UserError(f"there is no folder and no .tar file {spec}: pass one, or shapes")
+    return paths
+
+def read_tars(found):
+    """The entries of all tars of `found`. Raises UserError when only some have labels."""
+    entries = []
+    for number, tar in enumerate(tqdm(found.shards, "tars", disable=len(found.shards) < 8)):
+        status = os.stat(tar)
+        inside = read_tar(tar, status.st_mtime_ns, status.st_size)
+        entries += [entry._replace(where=(number, *entry.where)) for entry in inside.entries]
+        found.left_out.update(inside.left_out)
+        found.class_list = found.class_list or inside.class_list
+    images = images_of(entries)
+    missing = [f"{found.shards[image.where[0]]}/{image.name}" for image in images
+               if not image.label]
+    if 0 < len(missing) < len(images):
+        raise UserError(f"{missing[0]} has no .cls and no label in a .json: add it, as for others")
+    return entries if missing else images  # with labels a folder is no class
+
+@functools.lru_cache(maxsize=None)  # the train and the val split read the same tars
+def read_tar(path, mtime, size):
+    """Headers of one tar, up to its last byte -> Found. Raises UserError."""
+    found, files, labels, start = Found(), {}, {}, 0
+    try:
+        with open(path, "rb") as file:
+            while start < size:  # several archives may lie in one file
+                file.seek(start)
+                tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+                for member in tar:
+                    read_member(tar, member, found, files, labels)
+                start = end_of_archive(file, tar.offset)
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise UserError(f"{path} is no intact, uncompressed tar file ({error}): fetch it again")
+    for name, where in files.items():
+        where = files.get(where, where)  # follow a link
+        if isinstance(where, str):
+            found.left_out["links to no image"] += 1
+            continue
+        # a key of WebDataset ends before the extension, or at the first dot of the name
+        label = labels.get(os.path.splitext(name)[0])
+        label = label or labels.get(re.match(r"(.*/)?[^/.]*", name)[0], "")
+        found.entries.append(Entry(name, name, where, label))
+    return found
+
+def read_text(tar, member):
+    return tar.extractfile(member).read().decode("utf-8", "surrogateescape")
+
+def read_member(tar, member, found, files, labels):
+    """Sort one member of a tar: folder, label, class list, or image (a place or a link)."""
+    path = os.path.normpath(member.name).lstrip("/")
+    base, extension = os.path.splitext(path)
+    if any(part[0] == "." or part in STRAY for part in path.split("/")):
+        found.left_out["hidden"] += not member.isdir()
+    elif member.isdir():
+        found.entries.append(Entry(path + "/", path + "/"))
+    elif path == CLASS_LIST:
+        found.class_list = read_text(tar, member).splitlines()
+    elif extension == ".cls":
+        labels[base] = read_text(tar, member).strip()
+    elif extension == ".json":
+        with contextlib.suppress(ValueError, TypeError):  # of another kind
+            record = dict(json.loads(read_text(tar, member)))
+            labels.setdefault(base, str(record.get("label", record.get("cls", ""))))
+    elif found.is_image(path):
+        found.left_out["replaced by a later one of the same name"] += path in files
+        files[path] = member.offset_data, member.size
+        if member.issym() or member.islnk():  # a symbolic link starts at its own folder
+            above = os.path.dirname(path) if member.issym() else ""
+            files[path] = os.path.normpath(os.path.join(above, member.linkname)).lstrip("/")
+
+def end_of_archive(file, offset):
+    """Where the zeros end that close a tar. At a damaged header, where tarfile stops without a
+    word, there are none. Raises tarfile.ReadError."""
+    end = file.seek(offset)
+    while (block := file.read(512)) and not block.strip(b"\0"):
+        end += len(block)
+    if end == offset:
+        raise tarfile.ReadError(f"no valid header and no end mark at byte {offset}")
+    return end
+
+def name_by_tar(entries, tars, root):
+    """Paths as if all tars were unpacked below `root`: the names of tars tell split and class."""
+    # imagenet/train/cat/1.jpg: an archive of one folder stands for that folder
+    while images := images_of(entries):
+        tops = {image.top().lower() for image in images}
+        depth = min(image.path.count("/") for image in images)
+        if depth < 2 or len(tops) > 1 or tops & set(SPLIT_WORDS):
+            break
+        inner = [(entry, entry.path.partition("/")[2]) for entry in entries]
+        entries = [entry._replace(path=path) for entry, path in inner if path]
+    if not images or tops & set(SPLIT_WORDS):
+        return entries
+    names = [os.path.relpath(tar, root or ".")[:-len(".tar")] for tar in tars]
+    splits = [split_word(name) for name in names]
+    if any(splits) and not set(splits) & set(TRAIN_WORDS):
+        splits = [word or "train" for word in splits]
+    classes = [class_word(name) for name in names]
+    if tops != {""} or len(set(classes)) == 1 or images[0].label:
+        classes = [""] * len(tars)
+    folders = [f"{split}/{name}/".lstrip("/").replace("//", "/")
+               for split, name in zip(splits, classes)]
+    return [entry._replace(path=folders[entry.where[0]] + entry.path) for entry in entries]
+
+def split_word(name):
+    """The split word in a tar's path: the name of a folder, or a word of the tar's own name."""
+    *folders, name = name.lower().split("/")
+    words = folders + re.split("[^a-z]+", name)
+    return next((word for word in SPLIT_WORDS if word in words), "")
+
+def class_word(name):
+    """A tar's name without split word and shard number: the class, where each class has a tar."""
+    words = rf"{'|'.join(SPLIT_WORDS)}|(shard|part|chunk|data)?[-_]?\d+"
+    name = re.sub(rf"(?i)(?<![a-z\d])({words})(?![a-z\d])", "", os.path.basename(name))
+    return name.strip("-_. ")
+
+def select(found, spec, split, labelled):
+    """-> (images of the split, class names, labels, notes). Raises UserError."""
+    entries, notes = found.entries, []
+    if not labelled:
+        entries = [entry._replace(label="") for entry in entries]
+    train, val = divide(entries)
+    if split == "train" and not train:
+        raise UserError(f"{spec} has validation images only: pass a data set with train images")
+    # the classes are those of the training images; a class id is a place in their list
+    names = class_names(train or val, found, notes) if labelled else []
+    source, val = images_of(train or val), images_of(val)
+    outside = len(images_of(entries)) - len(images_of(train)) - len(val)
+    if outside:
+        notes.append(f"{outside} images outside the folders of train and val left out")
+    if names:
+        inside = [image for image in source if image.class_name()]
+        if len(inside) < len(source):
+            notes.append(f"{len(source) - len(inside)} images without a class left out")
+        source = inside
+    picked = val if train and split == "val" else source
+    if not val:
+        notes.append("no val images of its own: about 1 in 20, by a hash of its path, is val")
+        picked = hold_out(source, split)
+    if found.omitted():
+        notes.append(f"left out: {found.omitted()}")
+    ids = {name: number for number, name in enumerate(names)}
+    labels = [ids.get(image.class_name()) if names else 0 for image in picked]
+    if None in labels:
+        read_label_file(found, spec, picked, labels, ids)
+    return picked, names, labels, notes
+
+def divide(entries):
+    """-> (train, val): entries by the split word in front of their paths, which is cut off."""
+    images = [(image.top().lower(), image.path.count("/")) for image in images_of(entries)]
+    tops = {top for top, _ in images}
+    train = next((word for word in TRAIN_WORDS if word in tops), None)
+    val = next((word for word in VAL_WORDS if word in tops), None)
+    # a class may be called train: then it holds no folders and stands next to other classes
+    classes = tops - {"", *SPLIT_WORDS}
+    nested = any(top in SPLIT_WORDS and depth > 1 for top, depth in images)
+    if not (train or val) or classes and not nested and not (train and val):
+        return entries, []
+    parts = {train: [], val: []}
+    for entry in entries:
+        top, _, path = entry.path.partition("/")
+        if path and top.lower() in parts:
+            parts[top.lower()].append(entry._replace(path=path))
+    return parts[train], parts[val]
+
+def class_names(entries, found, notes):
+    """The classes of the training entries in the order of their ids; [] without labels."""
+    images = images_of(entries)
+    names = {image.class_name() for image in images} - {""}
+    if not names or names <= set(found.class_list):
+        return found.class_list if names else []
+    if images[0].label and all(name.isdecimal() for name in names):  # the label is the id
+        highest = max(int(name) for name in names)
+        assert highest < 1_000_000, f"class id {highest}"
+        return [str(number) for number in range(highest + 1)]
+    empty = {entry.top() for entry in entries} - names - {""}
+    if empty:
+        notes.append(f"{len(empty)} classes without images: {', '.join(sorted(empty)[:20])}")
+    return sorted(names | empty)
+
+def hold_out(images, split):
+    """A split without a val of its own, by a hash of the path: new images move no old one."""
+    hashes = [int(hashlib.sha1(os.fsencode(i.path)).hexdigest()[:16], 16) for i in images]
+    val = [number % 20 == 0 for number in hashes]
+    if all(val) or not any(val):  # very few images: one is val, and a single one is both
+        val = [number == min(hashes) for number in hashes]
+    wanted = [split == "val"] if len(images) > 1 else [False, True]
+    return [image for image, out in zip(images, val) if out in wanted]
+
+def read_label_file(found, spec, images, labels, ids):
+    """Put the labels of a flat val/ where `labels` holds None, from a file in val/ or next to
+    it: lines "filename class" (name or id), or these two and more between tabs."""
+    wrong = images[labels.index(None)]
+    folders = [os.path.join(spec, wrong.name.split("/")[0]), spec]
+    if found.shards:
+        folders = [os.path.dirname(found.shards[0])]
+    files = [os.path.join(folder, name) for folder in folders for name in LABEL_FILES]
+    file = next(filter(os.path.isfile, files), None)
+    if file is None:
+        raise UserError(f"{wrong.path} of val is of class {wrong.class_name()!r}, not in train: "
+                        f"sort val as train, or write {files[0]} with lines 'filename class'")
+    numbers = {str(number): number for number in ids.values()} | ids
+    listed = {}
+    with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
+        for number, line in enumerate(filter(str.strip, lines), 1):
+            fields = line.strip().split("\t") if "\t" in line else line.rsplit(maxsplit=1)
+            if len(fields) < 2 or fields[1] not in numbers:
+                raise UserError(f"{file} line {number}: {line.strip()!r} is not 'filename class' "
+                                "with a class of train")
+            listed[fields[0]] = numbers[fields[1]]
+    for i, image in enumerate(images):
+        if labels[i] is None:
+            labels[i] = listed.get(image.path, listed.get(os.path.basename(image.path)))
+        if labels[i] is None:
+            raise UserError(f"{file} has no line for {image.path}: add one, 'filename class'")
+
+# ------------------------------------------------------------------------------
+# Batches
+
+def subset(total, num, seed=0):
+    """`num` places of range(total), a seeded draw, ascending; all when num is 0 or >= total."""
+    if num == 0 or num >= total:
+        return list(range(total))
+    draw = np.random.default_rng([seed, SUBSET_STREAM]).choice(total, num, replace=False)
+    return sorted(draw.tolist())
+
+def loader_workers(config):
+    """--workers -> loader processes of this rank."""
+    if config.workers >= 0:
+        return config.workers
+    return 0 if config.data == "shapes" else min(8, os.cpu_count() or 1)
+
+def ignore_signals(worker):
+    """Loader processes get Ctrl-C and SIGTERM too, but the training loop decides when to stop."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+class Reader(Dataset):
+    """What a loader process runs: keys -> (images (n,H,W,3) uint8, labels (n,), new faults)."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, keys):
+        known = len(self.dataset.faults)
+        images, labels = zip(*map(self.dataset.pixels, keys))
+        return np.stack(images), np.array(labels), list(self.dataset.faults.items())[known:]
+
+def load_batches(dataset, keys, run, workers=0):
+    """Lists of keys (i, (epoch, i) or View(i, v)) -> (images (n,3,H,W) in [-1,1], labels (n,))
+    on run.device, in the order of the lists."""
+    # its own generator leaves the global random state untouched. Images go as uint8 in numpy
+    # arrays, which travel through pipes; tensors would fill /dev/shm
+    loader = DataLoader(Reader(dataset), batch_size=None, sampler=keys, num_workers=workers,
+                        worker_init_fn=ignore_signals, generator=torch.Generator(),
+                        collate_fn=tuple)
+    try:
+        for *arrays, faults in loader:
+            for index, reason in faults:
+                dataset.add_fault(index, reason)
+            tensors = [torch.from_numpy(array) for array in arrays]
+            if run.device.type == "cuda":  # only from pinned memory is a copy asynchronous
+                tensors = [tensor.pin_memory() for tensor in tensors]
+            images, labels = [t.to(run.device, non_blocking=True) for t in tensors]
+            yield from_uint8(images), labels
+    except UserError as error:  # from a loader process its message is the end of a traceback
+        message = str(error).strip().splitlines()[-1].split("UserError: ")[-1]
+        error.__traceback__ = None  # it holds the loader, whose processes are to end now
+        raise UserError(message) from None
+    except (OSError, RuntimeError) as error:
+        signs = ("shared memory", "Bus error", "/torch_", "shm", "SemLock", "/psm_")
+        if workers == 0 or not any(sign in str(error) for sign in signs):
+            raise
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"/dev/shm is too small ({reason}): enlarge it, or pass --workers 0")
+
+@functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
+def epoch_order(n, seed, epoch):
+    return np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(n)
+
+def training_keys(n, config, run, step):
+    """Sample p of the run is image order(epoch)[p % n] of epoch p // n, however many ranks,
+    micro-batches and workers there are. Yields the keys of this rank's micro-batches."""
+    share = micro_batch(config, run)
+    for place in itertools.count(step * config.accum):
+        start = (place * run.world + run.rank) * share
+        yield [(p // n, int(epoch_order(n, config.seed, p // n)[p % n]))
+               for p in range(start, start + share)]
+
+def batches(dataset, config, run, step=0):
+    """Endless micro-batches (images (b,3,H,W), labels (b,)) of this rank on run.device, from
+    optimizer step `step` on: b = batch_size / (world * accum)."""
+    keys = training_keys(len(dataset), config, run, step)
+    return load_batches(dataset, keys, run, loader_workers(config))
+
+def val_batches(dataset, rows, batch_size, run, workers=0, title=""):
+    """(images, labels) on run.device of this rank's block of `rows`: a list of places, or how
+    many to draw. With a progress bar when there is a title."""
+    rows = subset(len(dataset), rows) if isinstance(rows, int) else rows
+    block = rows[len(rows) * run.rank // run.world:len(rows) * (run.rank + 1) // run.world]
+    keys = [block[i:i + batch_size] for i in range(0, len(block), batch_size)]
+    stream = load_batches(dataset, keys, run, workers)
+    yield from tqdm(stream, title, total=len(keys), disable=not title or not run.main, leave=False)
+
+# ------------------------------------------------------------------------------
+# Pictures of images
+
+def image_grid(rows, path, labels=None, columns=8, row_titles=None, scale=None):
+    """Write a PNG of (N,3,H,W) images in [-1,1], `columns` per line; or of a list of such rows.
+    labels: a text per image; row_titles: a text per line; scale: screen pixels per pixel."""
+    rows = list(rows.split(columns)) if isinstance(rows, torch.Tensor) else rows
+    texts = map(plain, labels or [])
+    titles = [plain(title) for title in row_titles or [""] * len(rows)]
+    font = ImageFont.load_default()
+    height, width = rows[0].shape[-2:]
+    scale = scale or math.ceil(96 / height)
+    cell, gap, head = (width * scale, height * scale), 4, 14 if labels else 0
+    side = int(max(font.getlength(title) for title in titles)) + 8 if row_titles else 0
+    step_x, step_y = cell[0] + gap, cell[1] + gap + head
+    size = (side + gap + max(map(len, rows)) * step_x, gap + len(rows) * step_y)
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    for r, row in enumerate(rows):
+        top = gap + r * step_y
+        pen.text((4, top + step_y // 2), titles[r], "black", font)
+        for c, pixels in enumerate(to_uint8(row)):
+            left = side + gap + c * step_x
+            image = Image.fromarray(pixels).resize(cell, Image.Resampling.NEAREST)
+            sheet.paste(image, (left, top + head))
+            text = next(texts, "")
+            while font.getlength(text) > cell[0]:
+                text = text[:-1]
+            pen.text((left, top), text, "black", font)
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    sheet.save(f"{path}.tmp", format="PNG")
+    os.replace(f"{path}.tmp", path)  # a reader sees the old picture or the new one
+
+def plain(text):
+    return str(text).encode("ascii", "replace").decode()  # the built-in font has no other letters
+
+# ------------------------------------------------------------------------------
+# The strong augmentation of the alignment loss, on the device of the images
+
+AUGMENT_DRAWS = 16
+
+@torch.no_grad()
+def augment(images, draws):
+    """A strongly changed view of each image (DINO, arXiv 2104.14294): images (B,3,H,W) in [-1,1],
+    draws (B,16) uniform in [0,1) -> (B,3,H,W). Row i depends on row i of both alone."""
+    B, _, H, W = images.shape
+    x = images.float()
+    draws = draws.to(device=x.device, dtype=x.dtype, non_blocking=True)
+    u = iter(draws.view(B, -1, 1, 1, 1).unbind(1))  # each next(u): (B,1,1,1)
+    # random resized crop, mirrored in half of the cases: one affine map
+    area, ratio = 0.4 + 0.6 * next(u), (4 / 3) ** (2 * next(u) - 1)
+    h, w = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
+    down, right = (2 * next(u) - 1) * (1 - h), (2 * next(u) - 1) * (1 - w)  # centre, in [-1,1]
+    w = torch.where(next(u) < 0.5, -w, w)
+    zero = torch.zeros_like(h)
+    theta = torch.cat([w, zero, right, zero, h, down], 1).view(B, 2, 3)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    # colour jitter (p = 0.8): brightness and contrast +-40 %, saturation +-20 %; grey (p = 0.2)
+    x = (x + 1) / 2  # [0,1] from here on
+    strength = (next(u) < 0.8).float()
+    x = (x * (1 + strength * 0.4 * (2 * next(u) - 1))).clamp(0, 1)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = (mean + (x - mean) * (1 + strength * 0.4 * (2 * next(u) - 1))).clamp(0, 1)
+    saturation = 1 + strength * 0.2 * (2 * next(u) - 1)
+    saturation = torch.where(next(u) < 0.2, zero, saturation)
+    grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    x = (grey + (x - grey) * saturation).clamp(0, 1)
+    # blur (p = 0.5): sigma 0.1 to 2 pixels at 224; a small image counts as one of 96 pixels
+    unit = max(H, W, 96) / 224
+    blurred = next(u) < 0.5
+    sigma = (0.1 + 1.9 * next(u)) * unit
+    reach = math.ceil(3 * 2.0 * unit)
+    taps = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)  # (T,)
+    kernel = torch.exp(-0.5 * (taps / sigma) ** 2)  # (B,1,1,T)
+    kernel = torch.where(blurred, kernel, (taps == 0).to(x))
+    kernel = (kernel / kernel.sum(3, keepdim=True)).repeat_interleave(3, 0)  # (3B,1,1,T)
+    x = F.pad(x, (reach,) * 4, mode="replicate").flatten(0, 1)[None]  # (1,3B,H+T-1,W+T-1)
+    x = F.conv2d(x, kernel.transpose(2, 3), groups=B * 3)
+    x = F.conv2d(x, kernel, groups=B * 3).view(B, 3, H, W)
+    x = torch.where((next(u) < 0.2) & (x >= 0.5), 1 - x, x)  # solarise (p = 0.2)
+    return (x * 2 - 1).to(images.dtype)
+
+# ------------------------------------------------------------------------------
+# Packing: photos are far larger than the crops we train on, and decoding them costs most
+
+class Shrunk(Dataset):
+    """Item i -> (JPEG bytes of image i, ""), or (None, why it cannot be packed). The short side
+    is at most 1.5 times `size`: crops of 45 % of the area or more are not enlarged."""
+
+    def __init__(self, dataset, size):
+        self.dataset, self.short = dataset, round(1.5 * size)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        buffer = io.BytesIO()
+        try:
+            image, raw = self.dataset.load(index, 2 * self.short), self.dataset.raw(index)
+            scale = self.short / min(image.size)
+            if scale >= 1 and raw and raw.startswith(b"\xff\xd8"):
+                return raw, ""  # a JPEG that is small already stays as it is
+            if scale < 1:
+                size = tuple(max(1, round(side * scale)) for side in image.size)
+                image = resize(image, size, (0, 0, *image.size))
+            image.save(buffer, "JPEG", quality=95)
+        except Unreadable as error:
+            return None, str(error)
+        except (OSError, ValueError) as error:  # for instance a side above JPEG's 65,535
+            return None, f"as JPEG of {image.size[0]} x {image.size[1]}: {error}"
+        return buffer.getvalue(), ""
+
+def pack(spec, out, size, shard_size=10_000, workers=0, seed=0, labels=True):
+    """Write OUT/train-000000.tar, ..., OUT/val-000000.tar, ... with class folders inside. An
+    image that cannot be packed is named and left out. Raises UserError."""
+    if os.path.exists(out) and os.listdir(out):
+        raise UserError(f"--pack {out} exists already: pass a new folder, or delete it first")
+    partial = out.rstrip("/") + ".partial"  # becomes OUT at the end
+    shutil.rmtree(partial, ignore_errors=True)
+    datasets = [build_dataset(spec, split, size, False, seed, labels) for split in ("train", "val")]
+    make_folder(partial, "--pack")
+    try:
+        for split, dataset in zip(("train", "val"), datasets):
+            print(f"{split}: {dataset.describe()}")
+            pack_split(dataset, f"{partial}/{split}", size, shard_size, workers)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+def pack_split(dataset, prefix, size, shard_size, workers):
+    names = [name.replace("/", "_") for name in dataset.class_names]
+    images = DataLoader(Shrunk(dataset, size), batch_size=None, num_workers=workers,
+                        worker_init_fn=ignore_signals)
+    images = enumerate(tqdm(images, os.path.basename(prefix)))
+    skipped = []
+    for shard in range(math.ceil(len(dataset) / shard_size)):
+        with tarfile.open(f"{prefix}-{shard:06d}.tar", "w", encoding="utf-8") as tar:
+            if names:
+                add_to_tar(tar, CLASS_LIST, os.fsencode("\n".join(names)))
+            for index, (jpeg, reason) in itertools.islice(images, shard_size):
+                stem = os.path.splitext(os.path.basename(dataset.name(index)))[0]
+                folder = names[dataset.labels[index]] + "/" if names else ""
+                if jpeg is None:
+                    skipped.append(f"{dataset.name(index)} ({reason})")
+                else:
+                    add_to_tar(tar, f"{folder}{index:08d}_{stem}.jpg", jpeg)
+    if len(skipped) == len(dataset):
+        raise UserError(f"none of the images can be packed, for instance {skipped[0]}")
+    if skipped:
+        print(f"left out {len(skipped)} images that cannot be packed: {', '.join(skipped)}")
+
+def add_to_tar(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)  # no time or owner: the same images give the same tar
+    tar.addfile(info, io.BytesIO(content))
+
+# ------------------------------------------------------------------------------
+# Runs: what surrounds a model in every training script. Flags, processes, the output
+# folder, checkpoints, metrics, learning rate, weight averages. None of it is about MergeVQ
+
+def arg(*values, help="", choices=None, low=-1e9, high=1e9):
+    """A config field that is a flag too: one value, or one for each preset of the class. A
+    field without `help` takes help, choices and range of RunConfig's."""
+    meta = dict(values=values, help=help, choices=choices, low=low, high=high)
+    return dataclasses.field(default=values[0], metadata=meta)
+
+@dataclasses.dataclass
+class RunConfig:
+    """The flags that all training scripts share. Subclasses give them other values."""
+    data: str = arg("", help="shapes | image folder | .tar or quoted glob of tar shards")
+    out: str = arg("", help="folder for checkpoint, metrics and pictures")
+    seed: int = arg(0, help="of all randomness", low=0, high=2**31 - 1)
+    device: str = arg("auto", help="auto (cuda > mps > cpu) or a torch device")
+    dtype: str = arg("auto", help="auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    batch_size: int = arg(256, help="images per optimizer step, over all ranks", low=1)
+    accum: int = arg(1, help="micro-batches per optimizer step and rank", low=1)
+    max_steps: int = arg(0, help="optimizer steps; 0: as many as --epochs needs", low=0)
+    epochs: int = arg(1, help="passes over the data, when --max-steps is 0", low=1)
+    lr: float = arg(1e-4, help="peak learning rate", low=0)
+    lr_schedule: str = arg("cosine", help="after the warm-up: step (x0.1 at 80 and 95 %%), "
+                           "cosine (to 1 %%) or constant", choices=("step", "cosine", "constant"))
+    warmup: int = arg(0, help="linear warm-up steps", low=0)
+    weight_decay: float = arg(0.0, help="AdamW weight decay of matrices", low=0)
+    clip: float = arg(1.0, help="the gradient norm is clipped to this", low=1e-9)
+    ema: float = arg(0.999, help="decay of the weight average that later stages use", low=0, high=1)
+    workers: int = arg(-1, help="loader processes; -1: 0 for shapes, else 8", low=-1, high=256)
+    log_every: int = arg(10, help="steps between lines of metrics.jsonl", low=1)
+    eval_every: int = arg(1000, help="steps between evaluations with pictures", low=1)
+    save_every: int = arg(1000, help="steps between checkpoints", low=1)
+    labels: bool = arg(True, help="class folders are classes; --no-labels: no labels")
+    resume: bool = arg(False, help="continue the run in --out")
+    overwrite: bool = arg(False, help="replace the run in --out")
+    compile: bool = arg(False, help="torch.compile the parts of static shape")
+
+def presets(config_class, names):
+    """{preset name: {field: value}} of a class whose fields have one value for each name."""
+    table = {f.name: f.metadata.get("values", ()) for f in dataclasses.fields(config_class)}
+    return {name: {field: values[i] for field, values in table.items() if len(values) > 1}
+            for i, name in enumerate(names)}
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is a UserError: one line on stderr, exit code 2."""
+
+    def __init__(self, **kwargs):
+        kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+    def flag(self, name, kind, default, help, choices=None, low=-1e9, high=1e9):
+        """Add --name of type `kind`: str, bool, int, float, or tuple for several ints."""
+        options = dict(type=functools.partial(parse_value, kind, low, high), choices=choices)
+        if kind is bool:
+            options = dict(action=argparse.BooleanOptionalAction)
+        shown = "" if default in ("", None) else f" (default {default})"
+        name = "--" + name.replace("_", "-")
+        self.add_argument(name, default=default, help=help + shown, **options)
+
+def parse_value(kind, low, high, text):
+    """The text of a flag -> its value. The one place where the range of a flag is checked."""
+    if kind is str:
+        return os.path.expanduser(text)
+    scalar = int if kind is tuple else kind
+    try:
+        values = tuple(scalar(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(low <= value <= high for value in values) or len(values) > 1 and kind is not tuple:
+        wanted = f"{scalar.__name__} from {low:g} to {high:g}"
+        raise argparse.ArgumentTypeError(f"{text} is not of type {wanted}")
+    return values if kind is tuple else values[0]
+
+def parse_config(config_class, doc, argv=None, presets=None, flag=""):
+    """Command line -> config. --flag chooses one of `presets`; a typed flag beats it.
+    Raises UserError on an unknown flag or a value outside the range that its field states."""
+    chosen = {}
+    if presets:
+        first = Parser(add_help=False)
+        first.add_argument("--" + flag, default=next(iter(presets)), choices=presets)
+        chosen = presets[getattr(first.parse_known_args(argv)[0], flag)]
+    parser = Parser(description=doc)
+    for f in dataclasses.fields(config_class):
+        meta = f.metadata
+        if not meta["help"]:  # restated only for its value
+            meta = RunConfig.__dataclass_fields__[f.name].metadata
+        parser.flag(f.name, f.type, chosen.get(f.name, f.default), meta["help"],
+                    meta["choices"], meta["low"], meta["high"])
+    return config_class(**vars(parser.parse_args(argv)))
+
+# Processes and devices
+
+class Run(NamedTuple):
+    """Where this process stands among those of the run."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype  # of autocast
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        half = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+def start_run(config):
+    """Pick device and dtype, print them, join torchrun's process group. Returns Run.
+    Raises UserError when the device is not there."""
+    name = config.device
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda":  # one GPU per process of this machine
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name} is not usable here ({reason}); try --device cpu")
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    dtype = "bfloat16" if cuda else "float32"
+    dtype = dtype if config.dtype == "auto" else config.dtype
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        timeout = datetime.timedelta(minutes=30)
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    if rank == 0:
+        print(f"torch {torch.__version__}, device {device}, {dtype}, {world} process(es)")
+    return Run(rank, world, device, getattr(torch, dtype))
+
+class MeanOverRanks(torch.autograd.Function):
+    """all_reduce-mean whose backward is one too: DDP's gradient is that of one large batch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x / dist.get_world_size()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return MeanOverRanks.forward(ctx, grad.contiguous())
+
+def mean_over_ranks(x):
+    """Mean of a tensor over all ranks, differentiable; x itself on one process."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    return MeanOverRanks.apply(x)
+
+def gather_rows(rows, run):
+    """Rows (n,...) of this rank's block -> (N,...) of all ranks in order, on the CPU."""
+    if run.world == 1:
+        return rows.cpu()
+    parts = [None] * run.world
+    dist.all_gather_object(parts, rows.cpu())
+    return torch.cat(parts)
+
+def parallel(module, run):
+    """DDP around a module when there are several ranks: it averages the gradients."""
+    if run.world == 1:
+        return module
+    ids = [run.device.index] if run.device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+
+def micro_batch(config, run):
+    """Images per micro-batch and rank. Raises UserError where --batch-size does not divide."""
+    parts = run.world * config.accum
+    if config.batch_size % parts:
+        raise UserError(f"--batch-size {config.batch_size}: pass a multiple of {parts}, which is "
+                        f"processes {run.world} x --accum {config.accum}")
+    return config.batch_size // parts
+
+def seeded(*key):
+    """A CPU torch.Generator that is a function of the integers of `key`, e.g. (seed, step)."""
+    state = np.random.SeedSequence([int(k) for k in key]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+def catch_signals():
+    """SIGTERM and Ctrl-C only append to the list that is returned, for the training loop to
+    stop after its step. A second one ends the process at once."""
+    asked = []
+
+    def note(number, frame):
+        asked.append(number)
+        restore_signals()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+    return asked
+
+def restore_signals():
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+# The output folder and what is in it
+
+CHECKPOINT_VERSION = 3
+LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
+
+def open_out(config, run, kind):
+    """Claim --out. Returns the state of its checkpoint with --resume, else None. Ends the script
+    when that run is at --max-steps already. Raises UserError when a run is there or at work."""
+    path, metrics = f"{config.out}/ckpt.pt", f"{config.out}/metrics.jsonl"
+    if run.main:
+        if config.resume and not os.path.exists(path):
+            raise UserError(f"--resume: there is no {path}; leave --resume out to start a run")
+        old = [file for file in (path, metrics) if os.path.exists(file)]
+        if old and not (config.resume or config.overwrite):
+            raise UserError(f"--out {config.out} holds a run already: pass --resume to continue "
+                            "it, --overwrite to replace it, or another --out")
+        make_folder(config.out)
+        if fcntl is not None:
+            LOCKS.append(open(f"{config.out}/lock", "w"))
+            try:
+                fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"another process trains in {config.out}: pass another --out")
+        for file in [] if config.resume else old:
+            os.remove(file)
+    run.barrier()
+    if not config.resume:
+        return None
+    state = load_checkpoint(path, kind, run.device)
+    if state["step"] >= config.max_steps:
+        if run.main:
+            print(f"the run in {config.out} is at step {state['step']} already: "
+                  "to go on, raise --max-steps")
+        sys.exit(0)
+    return state
 
 def make_folder(path, flag="--out"):
     """Make a folder for results, if need be. Raises UserError."""
@@ -112,901 +1252,215 @@ def make_folder(path, flag="--out"):
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be made ({error.strerror}); pass another folder")
 
-
-def new_array(path, dtype, shape):
-    """A new .npy file of zeros to be mapped into memory, its space on the disk taken. Raises OSError where there is too little
-    of it: later, writing to a mapped page that has no place on the disk ends a process by SIGBUS, without a word."""
+def save_checkpoint(path, kind, **state):
+    """Write one dict of tensors and primitives under a temporary name, then rename it: a reader
+    sees the old file or the new one. Raises UserError when it cannot be written."""
     try:
-        np.lib.format.open_memmap(path, "w+", dtype, shape)
-        if hasattr(os, "posix_fallocate"):  # not on macOS
-            with open(path, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, os.path.getsize(path))
-    except OSError:
-        with contextlib.suppress(OSError):  # it may not be there
-            os.remove(path)
-        raise
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is a UserError: one line on stderr, exit code 2."""
-    def __init__(self, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
-
-    def error(self, message):
-        raise UserError(f"{message} (see --help)")
-
-
-# -----------------------------------------------------------------------------
-# one image: file -> PIL RGB -> crop -> tensor
-
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF")  # the decoders we let near a downloaded file
-
-
-def load_image(file, draft_size=None):
-    """A path or the bytes of an image file -> PIL RGB, upright. Raises on anything damaged or suspicious.
-
-    draft_size: the short side that the caller needs. A JPEG much larger than that is decoded at 1/2, 1/4 or 1/8 of
-    its size, which libjpeg does for a fraction of the work; the result is never smaller than draft_size.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF blocks and the like: PIL is chatty, the pixels are fine
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # a tiny file that unpacks to gigabytes
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=IMAGE_FORMATS) as image:
-            if draft_size is not None:
-                image.draft(None, (draft_size, draft_size))  # square, so that it does not matter how EXIF turns it
-            image.load()
-            try:
-                image = ImageOps.exif_transpose(image)  # phones store photos sideways and say so in a tag
-            except Exception:
-                pass  # an unreadable tag: take the pixels as they are
-            return to_rgb(image)
-
-
-def to_rgb(image):
-    """Any PIL mode -> RGB. Transparency is laid on white; 16-bit grey is scaled to 8 bits (PIL's convert clips it)."""
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, which is how PIL has opened 16-bit PNGs
-        values = np.asarray(image).astype(np.float32) / 257  # 65535 -> 255
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":  # float TIFFs hold either 0..1 or 0..255
-        values = np.nan_to_num(np.asarray(image))
-        values = values * 255 if values.max() <= 1 else values
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def center_crop(image, size):
-    """The central square, resized to size x size: the one crop of validation, code extraction and evaluation.
-
-    One antialiased resize out of the exact central box, whose edges may lie on half pixels. Small images are enlarged.
-    """
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return resize(to_rgb(image), (size, size), (left, top, left + side, top + side))
-
-
-def resize(image, size, box):
-    # reducing_gap: average whole blocks of pixels down to 3x the target first, then one bicubic step. On large
-    # photos that is several times faster, and no difference can be seen
-    return image.resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-
-
-def random_box(size, draws, scale):
-    """RandomResizedCrop's box from 4 uniform draws: `scale` of the area, aspect 3/4 to 4/3, anywhere."""
-    width, height = size
-    area, ratio = crop_shape(draws, scale)
-    h = min(math.sqrt(area * width * height / ratio), height, width / ratio)  # a panorama is too thin for the area:
-    w = h * ratio  # then the crop shrinks and keeps its aspect
-    left, top = draws[2] * (width - w), draws[3] * (height - h)
-    left, top = max(left, 0), max(top, 0)  # the last bit of a float may lie outside
-    return left, top, min(left + w, width), min(top + h, height)
-
-
-def crop_shape(draws, scale):
-    return scale[0] + draws[0] * (scale[1] - scale[0]), (4 / 3) ** (2 * draws[1] - 1)  # area, width / height
-
-
-def to_tensor(image):
-    """PIL RGB or (H,W,3) uint8 -> float32 (3,H,W) in [-1,1]."""
-    pixels = np.array(image, dtype=np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
-    return torch.from_numpy(np.ascontiguousarray(pixels))  # in numpy: torch would wake its threads for every image
-
-
-def to_uint8(images):
-    """(N,3,H,W) in [-1,1] -> (N,H,W,3) numpy uint8, rounded to the nearest; undoes to_tensor exactly."""
-    images = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
-    return images.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def uniform(count, *key):
-    """`count` uniform draws in [0,1) that depend on the integers of `key` alone."""
-    return np.random.default_rng([int(k) for k in key]).random(count).tolist()
-
-
-# -----------------------------------------------------------------------------
-# data sets. Both kinds are an ImageDataset: they differ in where load(i) finds the pixels
-
-AUGMENT_STREAM, VIEW_STREAM, ORDER_STREAM, SHAPES_STREAM = 1, 2, 3, 4  # so that no two uses share random numbers
-
-
-class ImageDataset(Dataset):
-    """(image (3,size,size) in [-1,1], label int). ds[i], or ds[(epoch, i)] for that epoch's augmentation."""
-
-    crop_scale = (0.5, 1.0)  # how much of the picture a training crop keeps, by area
-
-    def __init__(self, labels, class_names, size, train, seed, note=""):
-        self.labels, self.class_names, self.num_classes = labels, class_names, len(class_names)
-        self.size, self.train, self.seed, self.note = size, train, seed, note
-        # in shared memory: what a worker process finds out, the training process can read
-        self.bad = torch.zeros(len(labels), dtype=torch.uint8).share_memory_()
-        self.reported = set()
-
-    def __len__(self):
-        return len(self.labels)
-
-    def load(self, index, draft_size=None):
-        """The whole picture as PIL RGB; raises if it cannot be read."""
-        raise NotImplementedError
-
-    def raw(self, index):
-        """The bytes of the image file; None for what was drawn, not read."""
-        return None
-
-    def name(self, index):
-        raise NotImplementedError
-
-    def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index = int(index) % len(self)
-        if not self.train:
-            return self.crop(index, None, flip=False)
-        draws = uniform(5, self.seed, AUGMENT_STREAM, epoch, index)
-        return self.crop(index, self.crop_scale, draws[4] < 0.5, draws)
-
-    def view(self, index, v):
-        """View v of an image, for extracting codes: 0 the centre crop, 1 its mirror image, more: mild random crops."""
-        if v < 2:
-            return self.crop(index, None, flip=v == 1)
-        draws = uniform(5, self.seed, VIEW_STREAM, v, index)
-        return self.crop(index, (0.8, 1.0), draws[4] < 0.5, draws)
-
-    def crop(self, index, scale, flip, draws=None):
-        """scale None: the centre crop; else a random resized crop that keeps a share in `scale` of the area."""
-        if scale is None:
-            draft_size = 2 * self.size  # leaves the resize some pixels to average
-        else:
-            area, ratio = crop_shape(draws, scale)  # enough for the crop's own short side to have `size` pixels
-            ratio = min(ratio, 1 / ratio)
-            draft_size = math.ceil(self.size / min(ratio, math.sqrt(area * ratio)))
-        image, label = self.read(index, draft_size)
-        if scale is None:
-            image = center_crop(image, self.size)
-        else:
-            image = resize(image, (self.size, self.size), random_box(image.size, draws, scale))
-        return to_tensor(ImageOps.mirror(image) if flip else image), label
-
-    def read(self, index, draft_size):
-        """An unreadable image gives its place, always, to the next readable one, and is marked in self.bad."""
-        for step in range(len(self)):
-            i = (index + step) % len(self)
-            if not self.bad[i]:
-                try:
-                    return self.load(i, draft_size), int(self.labels[i])
-                except Exception:  # decoders meet broken files with a dozen kinds of exception
-                    self.bad[i] = 1
-        raise UserError(f"none of the {len(self)} images can be read, for instance {self.name(index)}: "
-                        "check that the files are complete images")
-
-    def skipped(self):
-        """Names of the unreadable images met so far, by any worker."""
-        return [self.name(i) for i in self.bad.nonzero().flatten().tolist()]
-
-    def check_skipped(self, limit=0.01):
-        """Names newly skipped since the last call, for the log; an error once more than `limit` of all images are
-        unreadable. One bad image is let pass in a data set of any size."""
-        bad = self.bad.nonzero().flatten().tolist()
-        if len(bad) > max(1, int(limit * len(self))):
-            names = ", ".join(self.name(i) for i in bad[:20]) + (", ..." if len(bad) > 20 else "")
-            raise UserError(f"{len(bad)} of {len(self)} images are unreadable, more than {limit:.1%}: repair or delete "
-                            f"them. {names}")
-        new = [i for i in bad if i not in self.reported]
-        self.reported.update(new)
-        return [self.name(i) for i in new]
-
-    def describe(self):
-        classes = f"{self.num_classes} classes" if self.num_classes else "unlabelled"
-        return f"{len(self):,} images, {classes}, {self.size}px" + (f" ({self.note})" if self.note else "")
-
-
-def build_dataset(spec, split, size, train, seed=0):
-    """spec: see the top of this file. split: "train" or "val". train: augment (else the centre crop)."""
-    if split not in ("train", "val"):
-        raise UserError(f"split {split!r} does not exist: pass train or val")
-    if not 1 <= size <= 8192:
-        raise UserError(f"size {size} is no image size: pass 1 to 8192 pixels")
-    if seed < 0:
-        raise UserError(f"seed {seed} is negative: pass 0 or more")
-    if "\0" in str(spec):
-        raise UserError(f"--data {spec!r} is no path: pass shapes, a folder, a .tar file or a quoted glob")
-    if spec == "shapes":
-        return Shapes(split, size, train, seed)
-    return ImageFiles(spec, split, size, train, seed)
-
-
-# -----------------------------------------------------------------------------
-# the embedded data set: one coloured shape on a quiet background
-
-
-def _ngon(n, radius=1.0, turn=0.0):
-    angle = 2 * math.pi * (np.arange(n) / n + turn)
-    return np.stack([np.sin(angle), -np.cos(angle)], 1) * radius
-
-
-def _star():
-    points = _ngon(10)
-    points[1::2] *= 0.42
-    return points
-
-
-def _heart():
-    t = 2 * math.pi * np.arange(64) / 64
-    x, y = 16 * np.sin(t) ** 3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t) + np.cos(4 * t)
-    return np.stack([x, y + 1], 1) / 17
-
-
-# name -> outlines in the unit disc (x right, y down), each drawn (1) or cut out again (0)
-SHAPES = {
-    "circle": [(_ngon(64), 1)],
-    "square": [(_ngon(4, turn=1 / 8), 1)],
-    "triangle": [(_ngon(3), 1)],
-    "star": [(_star(), 1)],
-    "plus": [(np.array([(-.95, -.3), (.95, -.3), (.95, .3), (-.95, .3)]), 1),
-             (np.array([(-.3, -.95), (.3, -.95), (.3, .95), (-.3, .95)]), 1)],
-    "ring": [(_ngon(64), 1), (_ngon(64, 0.55), 0)],
-    "heart": [(_heart(), 1)],
-    "moon": [(_ngon(64), 1), (_ngon(64, 0.85) + (0.5, 0), 0)],
-    "arrow": [(np.array([(0, -1), (.75, -.1), (.28, -.1), (.28, .95), (-.28, .95), (-.28, -.1), (-.75, -.1)]), 1)],
-    "hourglass": [(np.array([(-.65, -.76), (.65, -.76), (.1, 0), (.65, .76), (-.65, .76), (-.1, 0)]), 1)],
-}
-
-
-class Shapes(ImageDataset):
-    """Ten classes, recognisable at 32 px, that a tokenizer of 64 tokens can learn to draw: no texture, no noise.
-
-    Image i of a split is drawn from (seed, split, i): one shape of class i % 10, wholly visible, at any place, angle
-    and size, in a saturated colour on a plain, graded or divided background that is clearly lighter or darker.
-    """
-
-    lengths = {"train": 20_000, "val": 1_000}
-    crop_scale = None  # the drawing varies place and size itself: training only adds the mirror image
-
-    def __init__(self, split, size, train, seed):
-        labels = np.arange(self.lengths[split]) % len(SHAPES)
-        super().__init__(labels, list(SHAPES), size, train, seed)
-        self.split = split
-        self.cache = {}  # small drawings are kept, so that every epoch after the first is free
-
-    def __getstate__(self):  # a worker process that is sent a copy starts with an empty cache
-        return {**self.__dict__, "cache": {}}
-
-    def name(self, index):
-        return f"shapes/{self.split}/{index}"
-
-    def load(self, index, draft_size=None):
-        pixels = self.cache.get(index)
-        if pixels is None:
-            draws = uniform(20, self.seed, SHAPES_STREAM, self.split == "val", index)
-            pixels = draw_shape(list(SHAPES)[index % len(SHAPES)], self.size, draws)
-            if self.size <= 64:
-                self.cache[index] = pixels
-        return Image.fromarray(pixels)
-
-
-def draw_shape(name, size, draws):
-    """One shape from 20 uniform draws -> (size,size,3) uint8."""
-    u = iter(draws)
-    # object: colour, radius, centre and angle; as fractions of the image's side
-    color = OBJECT_COLORS[int(6 * next(u))]
-    radius = (0.55 + 0.3 * next(u)) / 2
-    center = radius + np.array([next(u), next(u)]) * (1 - 2 * radius)
-    angle = (next(u) - 0.5) * math.pi / 4  # up to 22.5 degrees either way
-    # its outline at 4x, then averaged down: smooth edges
-    canvas = Image.new("L", (4 * size, 4 * size))
-    pen = ImageDraw.Draw(canvas)
-    turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    for points, fill in SHAPES[name]:
-        pen.polygon((4 * size * (points @ turn * radius + center)).ravel().tolist(), fill=255 * fill)
-    mask = np.asarray(canvas.reduce(4), dtype=np.float32)[..., None] / 255  # (size,size,1)
-    # background: two colours, both dark or both light, far from the object's; `mix` (size,size,1) of them
-    light = luminance(color) < 0.58
-    at = int(4 * next(u))
-    first, second = (BACKGROUND_COLORS[(at + n) % 4 + 4 * light] for n in (0, 1))
-    kind, horizon = next(u), 0.25 + 0.5 * next(u)
-    down = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]  # 0 at the top, 1 at the bottom
-    if kind < 0.34:
-        mix = np.float32(0)  # plain
-    elif kind < 0.67:
-        mix = down  # a gradient
-    else:
-        mix = np.clip((down - horizon) * size + 0.5, 0, 1)  # a horizon, one pixel soft
-    image = first + mix * (second - first)
-    image = image + mask * (color - image)
-    return (image * 255 + 0.5).astype(np.uint8)
-
-
-def luminance(color):
-    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
-
-
-# few colours, so that a code of eight bits can hold one: red, orange, yellow, green, blue, purple on four dark and four
-# light backgrounds
-OBJECT_COLORS = np.array([(.90, .15, .15), (1.0, .55, .10), (1.0, .90, .15),
-                          (.15, .70, .25), (.15, .30, .90), (.55, .20, .75)])
-BACKGROUND_COLORS = np.array([(.08, .09, .14), (.22, .12, .10), (.08, .20, .15), (.22, .18, .30),
-                              (.95, .93, .88), (.80, .88, .97), (.84, .95, .82), (.97, .84, .82)])
-
-
-# -----------------------------------------------------------------------------
-# image files: first find them (a list of paths, in folders or in tars), then read labels and splits off the paths
-
-VAL_FOLDERS = ("val", "validation", "test")  # the first that exists is the val split
-SPLIT_FOLDERS = {"train", *VAL_FOLDERS}
-LABEL_FILES = ("val_labels.txt", "labels.txt")
-VAL_EVERY = 20  # without one: one image in so many
-
-
-class ImageFiles(ImageDataset):
-    """Images in folders or in tar files. The pixels stay where they are; only paths and offsets are held."""
-
-    def __init__(self, spec, split, size, train, seed):
-        spec = os.path.expanduser(str(spec))
-        found = find_images(spec)
-        picked, class_names, labels, note = split_and_label(spec, split, found)
-        super().__init__(labels, class_names, size, train, seed, note)
-        # compact arrays, not lists of Python strings: ImageNet has 1.3 million, and every worker would copy them
-        self.names = np.array([os.fsencode(found.names[i]) for i in picked])
-        self.root, self.shards = spec, found.shards
-        if self.shards is not None:
-            self.where = np.array([found.where[i] for i in picked], dtype=np.int64)  # (n,3) shard, offset, bytes
-
-    def name(self, index):
-        name = self.names[index].decode(errors="backslashreplace")
-        return os.path.join(self.root if self.shards is None else self.shards[self.where[index, 0]], name)
-
-    def raw(self, index):
-        """The bytes of the image file."""
-        if self.shards is None:
-            with open(os.path.join(self.root, os.fsdecode(self.names[index])), "rb") as file:
-                return file.read()
-        shard, offset, length = self.where[index].tolist()
-        with open(self.shards[shard], "rb", buffering=0) as file:  # a tar is a file of files: read the part we want
-            return os.pread(file.fileno(), length, offset)
-
-    def load(self, index, draft_size=None):
-        return load_image(self.raw(index), draft_size)
-
-
-class Found:
-    """What find_images returns: sorted paths with "/"; for tars also where each image lies and what its class is."""
-
-    def __init__(self, paths, shards=None, where=None, names=None, tags=None, class_names=None):
-        self.paths, self.shards, self.where = paths, shards, where
-        self.names = names or paths  # as they stand in the tar
-        self.tags = tags  # WebDataset: the text of each image's .cls
-        self.class_names = class_names  # packs made by this file name their classes, in order
-
-
-def find_images(spec):
-    if os.path.isdir(spec):
-        found = Found(list(walk_images(spec)))
-        shards = [] if found.paths else sorted(glob.glob(os.path.join(glob.escape(spec), "*.tar")))
-        found = find_in_tars(shards) if shards else found
-    elif os.path.isfile(spec) and spec.lower().endswith(".tar"):
-        found = find_in_tars([spec])
-    elif os.path.exists(spec):
-        raise UserError(f"{spec} is neither a folder nor a .tar file: pass shapes, a folder of images, or .tar files "
-                        "(uncompressed)")
-    else:
-        shards = sorted(glob.glob(spec, recursive=True))
-        if not shards:
-            raise UserError(f"--data {spec} does not exist: pass shapes, a folder of class folders, a .tar file or a "
-                            "quoted glob of .tar files")
-        if not all(shard.lower().endswith(".tar") for shard in shards):
-            raise UserError(f"the glob {spec} matches files that are no .tar: pass one that matches tar shards only, "
-                            "or a folder of images")
-        found = find_in_tars(shards)
-    if not found.paths:
-        raise UserError(f"{spec} holds no images ({' '.join(IMAGE_EXTENSIONS)}): pass a folder of class folders, or "
-                        "shapes")
-    return found
-
-
-def walk_images(folder, prefix="", above=()):
-    """Yields the relative path of every image below a folder, in sorted order. Links are followed, but never back up
-    into a folder that we are inside of; hidden files are none of ours."""
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(dict(kind=kind, version=CHECKPOINT_VERSION, **state), file)
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the first in the second
+        reason = str(error.__context__ or error).splitlines()[0]
+        raise UserError(f"{path} was not written ({reason}), the one before is whole: make room, "
+                        "then pass --resume")
+
+def load_checkpoint(path, kind, device="cpu"):
+    """Read a checkpoint. Raises UserError when it is missing, unreadable or of another kind."""
+    if not os.path.exists(path):
+        raise UserError(f"no checkpoint at {path}: train one first, or pass its path")
     try:
-        info = os.stat(folder)
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UserError(f"cannot list {folder} ({error.strerror}): check its permissions") from None
-    here = (info.st_dev, info.st_ino)
-    if here in above:
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
+        state = torch.load(path, map_location=device, weights_only=True)
+        found = f"{state['kind']} checkpoint of version {state['version']}"
+    except Exception as error:  # a damaged or foreign file raises many types
+        raise UserError(f"{path} is no readable checkpoint ({type(error).__name__}): pass another")
+    wanted = f"{kind} checkpoint of version {CHECKPOINT_VERSION}"
+    if found != wanted:
+        raise UserError(f"{path} is a {found}, not a {wanted}: pass another")
+    return state
+
+def load_parts(path, state, **parts):
+    """state[name] -> part, strictly, for each part. Raises UserError where one does not fit."""
+    for name, part in parts.items():
         try:
-            is_folder, is_file = entry.is_dir(), entry.is_file()
-        except OSError:  # a link to itself
-            is_folder = is_file = False
-        lost = entry.is_symlink() and not os.path.exists(entry.path)  # counted as unreadable; a pipe or a device is no image
-        if is_folder:
-            yield from walk_images(entry.path, f"{prefix}{entry.name}/", (*above, here))
-        elif entry.name.lower().endswith(IMAGE_EXTENSIONS) and (is_file or lost):
-            yield prefix + entry.name
+            part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{name} of {path} does not fit ({reason}): pass the flags of that run")
 
+def weights_hash(state_dict):
+    """sha256 of names, types, shapes and values: two equal hashes mean the same model."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
-def find_in_tars(shards):
-    """The images in tar shards, under the paths that they would have if all shards were unpacked in one folder."""
-    images, texts, class_names = [], {}, None  # images: (path, (shard number, offset, bytes), name in the tar)
-    for number, shard in enumerate(tqdm(shards, "reading tar headers", leave=False, disable=len(shards) < 8)):
-        status = os.stat(shard)
-        members, texts[number], shard_classes = index_tar(shard, status.st_mtime_ns, status.st_size)
-        images += [(path, (number, *where), path) for path, where in members.items()]
-        class_names = class_names or shard_classes
+class Metrics:
+    """The log of a run: OUT/metrics.jsonl, OUT/curves.png, a progress bar. Rank 0 writes."""
 
-    heads = {path.split("/")[0].lower() for path, *_ in images}
-    # an archive of one folder (imagenet/train/...) stands for the folder; class folders are never one inside another
-    while len(heads) == 1 and not heads & SPLIT_FOLDERS and min(path.count("/") for path, *_ in images) > 1:
-        images = [(path.split("/", 1)[1], where, name) for path, where, name in images]
-        heads = {path.split("/")[0].lower() for path, *_ in images}
-    if not heads & SPLIT_FOLDERS:  # then train-000000.tar and imagenet-val-07.tar tell the split
-        words = [re.split("[^a-z]+", os.path.basename(shard).lower()) for shard in shards]
-        folders = [next((name + "/" for name in ("train", *VAL_FOLDERS) if name in found), "") for found in words]
-        images = [(folders[where[0]] + path, where, name) for path, where, name in images]
-    images.sort(key=lambda image: (image[0].split("/"), image[1]))
-    paths, where, names = ([image[k] for image in images] for k in range(3))
+    def __init__(self, config, run, step, curves):
+        self.config, self.run, self.curves = config, run, curves
+        self.path = f"{config.out}/metrics.jsonl"
+        self.bar = tqdm(total=config.max_steps, initial=step, disable=not run.main,
+                        dynamic_ncols=True)
+        self.time, self.step = time.time(), step
+        if run.main and os.path.exists(self.path):  # the resumed run writes later lines again
+            kept = [row for row in self.rows()
+                    if row["step"] < step or row["step"] == step and "lr" in row]
+            with open(f"{self.path}.tmp", "w") as file:
+                file.writelines(json.dumps(row) + "\n" for row in kept)
+            os.replace(f"{self.path}.tmp", self.path)
 
-    tags = None
-    if any(texts.values()):  # WebDataset: key.jpg and key.cls, in one shard, are one sample
-        tags = [texts[number].get(os.path.splitext(name)[0]) for (number, _, _), name in zip(where, names)]
-        if None in tags:
-            k = tags.index(None)
-            raise UserError(f"{names[k]} in {shards[where[k][0]]} has no .cls beside it though others have: add it, or "
-                            "leave the image out")
-    return Found(paths, shards, where, names, tags, class_names)
+    def rows(self):
+        with open(self.path) as file:  # a kill may leave half a line at the end
+            return [json.loads(line) for line in file if line.endswith("\n")]
 
+    def write(self, step, **values):
+        """One JSON line, numbers rounded."""
+        values = {k: round(v, 7) if isinstance(v, float) else v for k, v in values.items()}
+        if self.run.main:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(dict(step=step, **values)) + "\n")
 
-@functools.lru_cache(maxsize=None)  # the train and the val split look through the same shards
-def index_tar(shard, mtime, size):
-    """One pass over a tar -> ({image: (offset, bytes)}, {key: text of key.cls}, class names of a pack or None)."""
-    members, texts, class_names = {}, {}, None
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            end = -1
-            for member in tar:
-                if member.offset <= end:  # a size below 0 leads back, for ever
-                    raise tarfile.ReadError("a member of negative size")
-                end = member.offset
-                parts = [part for part in member.name.split("/") if part not in ("", ".")]
-                path, lower = "/".join(parts), member.name.lower()
-                # only plain files under plain relative names: no links, no way out of the archive, nothing hidden
-                if (not member.isreg() or member.issparse() or member.name.startswith("/")
-                        or any(part.startswith(".") for part in parts)):  # ".." among them
-                    continue
-                if lower.endswith(".cls"):
-                    texts[path[:-4]] = tar.extractfile(member).read(1000).decode().strip()
-                elif path == CLASS_LIST:
-                    class_names = tar.extractfile(member).read(10**8).decode().splitlines()
-                elif lower.endswith(IMAGE_EXTENSIONS):
-                    members[path] = member.offset_data, member.size
-    except Exception as error:  # a damaged header can raise anything
-        raise UserError(f"{shard} is no intact, uncompressed tar file ({error}): decompress it, fetch it again, or "
-                        "leave it out") from None
-    return members, texts, class_names
+    def scores(self, step, scores):
+        """The line of an evaluation, printed too; and the curves so far."""
+        self.write(step, **scores)
+        if self.run.main:
+            text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self.bar.write(f"step {step}: {text}")
+            plot_rows(self.rows(), f"{self.config.out}/curves.png", self.curves)
 
+    def log(self, step, values, stop, show, **more):
+        """The line of training step `step`: 0-d tensors `values`, averaged over all ranks and
+        read from the device at once; `more` are numbers. `show` names what the bar displays.
+        Returns whether any rank has been asked to stop."""
+        asked = torch.tensor(float(bool(stop)), device=self.run.device)
+        numbers = torch.stack([asked, *(v.detach().float() for v in values.values())])
+        asked, *numbers = mean_over_ranks(numbers).tolist()
+        values = dict(zip(values, numbers), **more)
+        speed = (step - self.step) * self.config.batch_size / (time.time() - self.time)
+        self.bar.update(step - self.step)
+        self.time, self.step = time.time(), step
+        self.write(step, **values, images_per_s=speed)
+        shown = {name: f"{values[name]:.4g}" for name in show}
+        self.bar.set_postfix(**shown, im_s=f"{speed:.0f}")
+        return asked > 0
 
-def split_and_label(spec, split, found):
-    """-> (indices into found.paths that make up the split, class names, labels (n,) int64, note for the user)."""
-    members, notes = divide(found.paths)
-    if split == "train" and not members["train"]:
-        raise UserError(f"{spec} has validation images but no train/: pass a data set with training images")
+def plot_rows(rows, path, panels, x="step"):
+    """Draw a list of dicts as small line charts over its key `x`, one for each of `panels`."""
+    w, h, columns = 300, 170, 3
+    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(panels) / columns)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for n, name in enumerate(panels):
+        left, top = 48 + w * (n % columns), 22 + h * (n // columns)
+        right, bottom = left + w - 62, top + h - 42
+        draw.text((left, top - 16), name, fill="black")
+        draw.rectangle((left, top, right, bottom), outline="gray")
+        points = [(row[x], row[name]) for row in rows if math.isfinite(row.get(name, math.nan))]
+        if len(points) < 2:
+            continue
+        xs, ys = np.array(points[::len(points) // 500 + 1]).T
+        px = np.interp(xs, (xs.min(), xs.max()), (left, right))
+        py = np.interp(ys, (ys.min(), ys.max()), (bottom, top))
+        draw.line(list(zip(px, py)), fill=(200, 60, 40))
+        draw.text((left - 44, top - 2), f"{ys.max():.3g}", fill="gray")
+        draw.text((left - 44, bottom - 10), f"{ys.min():.3g}", fill="gray")
+        draw.text((left, bottom + 3), f"{x} {xs[0]:g} to {xs[-1]:g}", fill="gray")
+    sheet.save(path)
 
-    def tag(i, path):  # what tells the class: the first folder, or the .cls file; None for an image in no class folder
-        return found.tags[i] if found.tags else path.split("/")[0] if "/" in path else None
+def end_run(config, run, step, script, argv, done):
+    """Say how the run ended and how to go on; leave the process group. `done`: the last line
+    of a run that is complete."""
+    restore_signals()
+    start = ["python"]
+    if run.world > 1:
+        start = ["torchrun", f"--nproc_per_node={run.world}", "--"]
+        dist.destroy_process_group()
+    if run.main and step < config.max_steps:
+        argv = sys.argv[1:] if argv is None else argv
+        flags = [flag for flag in argv if flag not in ("--overwrite", "--resume")]
+        command = shlex.join([*start, script, *flags, "--resume"])
+        print(f"stopped and saved at step {step}; to go on: {command}")
+    elif run.main:
+        print(done)
 
-    # The classes are those of the training images; a class id is a place in their sorted list
-    source = members["train"] or members["val"]
-    names = {tag(i, path) for i, path in source} - {None}
-    if names and found.class_names is not None and names <= set(found.class_names):
-        names = found.class_names
-    elif names and found.tags and all(name.isdecimal() for name in names):  # a .cls file can give the id itself
-        highest = max(map(int, names))
-        if highest >= 1_000_000:
-            raise UserError(f"{spec} has the class id {highest}: ids in .cls files must be below a million")
-        names = [str(number) for number in range(highest + 1)]
-    names = list(names) if isinstance(names, list) else sorted(names)
-    ids = {name: number for number, name in enumerate(names)}
-    if names:
-        labelled = [(i, path) for i, path in source if tag(i, path) is not None]
-        if len(labelled) < len(source):
-            notes.append(f"{len(source) - len(labelled)} images outside class folders left out")
-        source = labelled
+# Optimisation
 
-    if members["train"] and members["val"]:
-        picked = source if split == "train" else members["val"]
-    elif members["train"]:
-        notes.append(f"no val folder: about 1 image in {VAL_EVERY}, by a hash of its path, is the val split")
-        picked = hold_out(source, split)
-    else:
-        picked = source
-    tags = [tag(i, path) for i, path in picked]
-    if names and None in tags:  # a flat val folder beside class folders
-        folder = os.path.join(spec, found.paths[picked[0][0]].split("/")[0])
-        listed = read_label_file(os.path.dirname(found.shards[0]) if found.shards else folder, ids)
-        missing = next((path for (_, path), t in zip(picked, tags) if t is None and path not in listed), None)
-        if missing:
-            raise UserError(f"the label file of {folder} has no line for {missing}: add one, 'filename class'")
-        tags = [listed[path] if t is None else t for (_, path), t in zip(picked, tags)]
-    unknown = next((k for k, t in enumerate(tags) if names and t not in ids), None)
-    if unknown is not None:
-        raise UserError(f"class {tags[unknown]!r} of {found.paths[picked[unknown][0]]} does not occur in the training "
-                        "images: train and val must have the same classes")
-    labels = np.array([ids[t] if names else 0 for t in tags], dtype=np.int64)
-    return [i for i, _ in picked], names, labels, "; ".join(notes)
+def learning_rate(step, config):
+    """Learning rate of a step: linear warm-up, then --lr-schedule (Table A1)."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    done = (step - config.warmup) / max(1, config.max_steps - config.warmup)
+    if config.lr_schedule == "cosine":
+        return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+    if config.lr_schedule == "step":
+        return config.lr * (1.0 if done < 0.8 else 0.1 if done < 0.95 else 0.01)
+    return config.lr
 
+def adamw(parameters, config, betas):
+    """Fused AdamW over the trainable parameters; matrices decay, vectors do not."""
+    parameters = [p for p in parameters if p.requires_grad]
+    groups = [dict(params=[p for p in parameters if p.dim() >= 2]),
+              dict(params=[p for p in parameters if p.dim() < 2], weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas,
+                             weight_decay=config.weight_decay, fused=True)
 
-def divide(paths):
-    """-> ({"train": [(index, path below the split's folder), ...], "val": [...]}, notes)."""
-    heads = [path.split("/")[0].lower() if "/" in path else "" for path in paths]
-    present = set(heads)
-    others = present - SPLIT_FOLDERS - {""}
-    val_folder = next((name for name in VAL_FOLDERS if name in present), None)
-    if "train" in present:  # a class may be called train: then it holds no folders and stands among other classes
-        nested = any(head == "train" and path.count("/") > 1 for head, path in zip(heads, paths))
-        divided = bool(val_folder) or nested or not others
-    else:
-        divided = bool(val_folder) and not others
-    if not divided:
-        return {"train": list(enumerate(paths)), "val": []}, []
-    below = [(i, path.partition("/")[2]) for i, path in enumerate(paths)]
-    members = {"train": [below[i] for i, head in enumerate(heads) if head == "train"],
-               "val": [below[i] for i, head in enumerate(heads) if head == val_folder]}
-    return members, [f"{len(others)} folders beside train and val left out"] if others else []
-
-
-def hold_out(source, split):
-    """The images of a split when the data set has none: by a hash of the path, so that new images move no old one."""
-    digests = [int.from_bytes(hashlib.sha1(os.fsencode(path)).digest()[:8], "big") for _, path in source]
-    val = [digest % VAL_EVERY == 0 for digest in digests]
-    if all(val) or not any(val):  # very few images: one is the val split, and a single image is both splits
-        lowest = min(digests)
-        val = [digest == lowest for digest in digests]
-    return [pair for pair, out in zip(source, val) if out == (split == "val") or len(source) == 1]
-
-
-def read_label_file(folder, ids):
-    """The label file in or beside a flat folder, lines "filename class (name or id)" -> {filename: class name}."""
-    places = [os.path.join(where, name) for where in (folder, os.path.dirname(folder)) for name in LABEL_FILES]
-    place = next((path for path in places if os.path.isfile(path)), None)
-    if place is None:
-        raise UserError(f"{folder} has no class folders, though the training images do: sort its images into class "
-                        f"folders, or write {places[0]} with lines 'filename class'")
-    named, listed = {**{str(number): name for name, number in ids.items()}, **{name: name for name in ids}}, {}
-    with open(place, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            line = line.strip()
-            if not line:
-                continue
-            # file names and class names may both hold blanks: cut where what follows is a class
-            cut = next((gap for gap in re.finditer(r"\s+", line) if line[gap.end():] in named), None)
-            if cut is None:
-                raise UserError(f"{place} line {number}: {line!r} is not 'filename class' with a class (or its id, "
-                                f"0 to {len(ids) - 1}) of the training images")
-            listed[line[:cut.start()]] = named[line[cut.end():]]
-    return listed
-
-
-# -----------------------------------------------------------------------------
-# batches
-
-
-def batches(dataset, batch_size, seed, step=0, accum=1, rank=0, world=1, workers=0):
-    """Endless micro-batches (images (b,3,H,W), labels (b,)) of this rank, from optimizer step `step` on.
-
-    batch_size is the global batch of one optimizer step: b = batch_size / (world * accum), and `accum` micro-batches
-    are one step. Sample number p of the run is image order(epoch)[p % n] of epoch p // n, whatever the number of
-    ranks, micro-batches and workers.
-    """
-    share = batch_size // (world * accum)
-    if batch_size < 1 or share * world * accum != batch_size:
-        raise UserError(f"batch size {batch_size} does not divide into {world} processes x {accum} accumulation steps: "
-                        f"pass --batch-size a multiple of {world * accum}")
-    n = len(dataset)
-
-    @functools.lru_cache(maxsize=2)  # a batch may straddle two epochs
-    def order(epoch):
-        return np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(n)
-
-    def sampler():
-        at = step
-        while True:
-            for micro in range(accum):
-                start = at * batch_size + (micro * world + rank) * share
-                yield [(p // n, int(order(p // n)[p % n])) for p in range(start, start + share)]
-            at += 1
-
-    # The loader seeds each worker and gives it one thread. Its own generator: the global random state stays untouched
-    loader = DataLoader(dataset, batch_sampler=sampler(), num_workers=workers, persistent_workers=workers > 0,
-                        worker_init_fn=ignore_signals, generator=torch.Generator().manual_seed(seed))
-    try:
-        yield from loader
-    except UserError as error:  # from a worker it arrives wrapped in a traceback, with the message on the last line
-        error.__traceback__ = None  # it holds on to the loader, whose workers are to end now
-        raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
-
-
-def ignore_signals(worker):
-    """For DataLoader workers: Ctrl-C and SIGTERM reach a whole group of processes, but to stop is for the trainer to do.
-    The workers end when it does."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-# -----------------------------------------------------------------------------
-# pictures of images
-
-
-def image_grid(rows, path, labels=None, columns=8, row_titles=None, scale=None):
-    """Writes a PNG of (N,3,H,W) images in [-1,1], `columns` a line; or of a list of such rows, one a line.
-
-    labels: a text for each image, in reading order; row_titles: a text for each line; scale: screen pixels a pixel.
-    """
-    if isinstance(rows, torch.Tensor):
-        rows = list(rows.split(columns))
-    labels = [str(text) for text in labels] if labels is not None else None
-    height, width = rows[0].shape[-2:]
-    scale = scale or max(1, math.ceil(96 / height))
-    cell_h, cell_w, gap = height * scale, width * scale, 4
-    font = ImageFont.load_default()
-    head = 14 if labels else 0
-    side = max((int(font.getlength(_plain(t))) for t in row_titles), default=0) + 8 if row_titles else 0
-    sheet = Image.new("RGB", (side + gap + max(len(row) for row in rows) * (cell_w + gap),
-                              gap + len(rows) * (head + cell_h + gap)), "white")
-    pen = ImageDraw.Draw(sheet)
-    count = 0
-    for r, row in enumerate(rows):
-        top = gap + r * (head + cell_h + gap)
-        if row_titles:
-            pen.text((4, top + head + cell_h // 2 - 6), _plain(row_titles[r]), fill="black", font=font)
-        for c, pixels in enumerate(to_uint8(row)):
-            left = side + gap + c * (cell_w + gap)
-            cell = Image.fromarray(pixels).resize((cell_w, cell_h), Image.Resampling.NEAREST)
-            sheet.paste(cell, (left, top + head))
-            if labels and count < len(labels):
-                text = _plain(labels[count])
-                while font.getlength(text) > cell_w and len(text) > 1:
-                    text = text[:-1]
-                pen.text((left, top), text, fill="black", font=font)
-            count += 1
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    partial = f"{path}.{os.getpid()}.tmp"
-    sheet.save(partial, format="PNG")
-    os.replace(partial, path)  # whoever looks sees the old picture or the new one, never half of it
-
-
-def _plain(text):
-    return str(text).encode("ascii", "replace").decode()  # the built-in font has no other letters
-
-
-# -----------------------------------------------------------------------------
-# the strong augmentation of the alignment loss, on whatever device the images are
-
-AUGMENT_DRAWS = 16
-
+def step_if_finite(norm, *optimizers):
+    """Step and clear the optimizers unless the gradient norm is not finite. -> 0-d bool: did
+    they step? All ranks agree, as DDP has averaged the gradients."""
+    finite = torch.isfinite(norm)
+    for optimizer in optimizers:
+        # fused AdamW looks at `found_inf` on the device, so nothing waits for the GPU
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return finite
 
 @torch.no_grad()
-def augment(images, draws):
-    """A strongly changed view of each image (DINO 2104.14294): images (B,3,H,W) in [-1,1], draws (B,16) uniform in
-    [0,1). Row i of the result depends on row i of both inputs alone, not on the rest of the batch."""
-    B, _, H, W = images.shape
-    x = images.float()
-    u = iter(draws.to(x).unbind(1))  # each next(u): (B,)
-
-    # random resized crop with a mirror image in half of the cases: one affine map, sampled bilinearly
-    area, ratio = 0.4 + 0.6 * next(u), (4 / 3) ** (2 * next(u) - 1)
-    h, w = (area / ratio).sqrt().clamp(max=1), (area * ratio).sqrt().clamp(max=1)
-    down, right = (2 * next(u) - 1) * (1 - h), (2 * next(u) - 1) * (1 - w)  # the crop's centre, in [-1,1]
-    theta = x.new_zeros(B, 2, 3)
-    theta[:, 0, 0] = torch.where(next(u) < 0.5, -w, w)
-    theta[:, 1, 1] = h
-    theta[:, 0, 2], theta[:, 1, 2] = right, down
-    x = F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
-
-    # colour jitter (p = 0.8): brightness and contrast +-40 %, saturation +-20 %, hue +-36 degrees; grey (p = 0.2)
-    x = (x + 1) / 2  # [0,1] from here on
-    strength = (next(u) < 0.8).to(x)
-    brightness, contrast, saturation, hue = (strength * (2 * next(u) - 1) * s for s in (0.4, 0.4, 0.2, 0.1))
-    saturation = torch.where(next(u) < 0.2, torch.zeros_like(saturation), 1 + saturation)  # grey: no saturation at all
-    x = (x * (1 + brightness).view(B, 1, 1, 1)).clamp(0, 1)
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = (mean + (x - mean) * (1 + contrast).view(B, 1, 1, 1)).clamp(0, 1)
-    # In YIQ, saturation scales the chroma plane and hue turns it: one 3x3 matrix an image
-    to_yiq = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-    to_yiq, from_yiq = to_yiq.to(x), to_yiq.inverse().to(x)
-    cos, sin = saturation * (2 * math.pi * hue).cos(), saturation * (2 * math.pi * hue).sin()
-    zero, one = torch.zeros_like(cos), torch.ones_like(cos)
-    turn = torch.stack([one, zero, zero, zero, cos, -sin, zero, sin, cos], 1).view(B, 3, 3)
-    x = (from_yiq @ turn @ to_yiq @ x.flatten(2)).view(B, 3, H, W).clamp(0, 1)
-
-    # blur (p = 0.5): DINO's sigma, 0.1 to 2 pixels at 224; small images count as 96 px or no blur would be seen
-    blurred, unit = next(u) < 0.5, max(H, W, 96) / 224
-    sigma = ((0.1 + 1.9 * next(u)) * unit)[:, None]
-    reach = math.ceil(3 * 2.0 * unit)
-    taps = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)  # (T,)
-    kernel = torch.where(blurred[:, None], torch.exp(-0.5 * (taps / sigma) ** 2), (taps == 0).to(x))  # (B,T)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)  # (B*3,T)
-    x = F.pad(x, (reach,) * 4, mode="replicate").view(1, B * 3, H + 2 * reach, W + 2 * reach)
-    x = F.conv2d(x, kernel[:, None, :, None], groups=B * 3)
-    x = F.conv2d(x, kernel[:, None, None, :], groups=B * 3).view(B, 3, H, W)
-
-    x = torch.where((next(u) < 0.2).view(B, 1, 1, 1) & (x >= 0.5), 1 - x, x)  # solarise (p = 0.2)
-    return (x * 2 - 1).to(images.dtype)
-
-
-# -----------------------------------------------------------------------------
-# packing: photos are mostly far larger than the crops we train on, and decoding them is what costs
-
-CLASS_LIST = "classes.txt"  # in every shard: the class names in the order of their ids
-
-
-class Packed(Dataset):
-    """Item i -> the bytes of a JPEG of image i, its short side at most 1.125 `size`; None if it cannot be read.
-
-    Uncropped, for random crops and the centre crop alike; quality 95. A JPEG that is small already is kept as it is.
-    """
-
-    def __init__(self, dataset, size):
-        self.dataset, self.short = dataset, round(1.125 * size)
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        try:
-            image, raw = self.dataset.load(index, 2 * self.short), self.dataset.raw(index)
-        except Exception:
-            return None
-        width, height = image.size
-        if min(width, height) > self.short:
-            scale = self.short / min(width, height)
-            image = resize(image, (max(1, round(width * scale)), max(1, round(height * scale))), (0, 0, width, height))
-        elif raw is not None and raw.startswith(b"\xff\xd8"):
-            return raw
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=95)
-        return buffer.getvalue()
-
-
-def pack(spec, out, size, shard_size=10_000, workers=0, seed=0):
-    """Writes OUT/train-000000.tar, ..., OUT/val-000000.tar, ... with class folders inside, then times both."""
-    if os.path.exists(out) and (not os.path.isdir(out) or os.path.samefile(out, ".") or os.listdir(out)):
-        raise UserError(f"--pack {out} exists already: pass a new folder, or delete it first")
-    if shard_size < 1:
-        raise UserError(f"--shard-size {shard_size}: pass at least 1 image a shard")
-    datasets = {split: build_dataset(spec, split, size, train=False, seed=seed) for split in ("train", "val")}
-    partial = out.rstrip("/") + ".partial"  # becomes OUT in one step at the end: there is no half a pack
-    shutil.rmtree(partial, ignore_errors=True)
-    make_folder(partial, "--pack")
-    for split, dataset in datasets.items():
-        print(f"{split}: {dataset.describe()}")
-        skipped = []
-        images = DataLoader(Packed(dataset, size), batch_size=None, num_workers=workers)
-        tar = None
-        for index, jpeg in enumerate(tqdm(images, split)):
-            if index % shard_size == 0:
-                if tar:
-                    tar.close()
-                tar = tarfile.open(os.path.join(partial, f"{split}-{index // shard_size:06d}.tar"), "w")
-                if dataset.num_classes:
-                    add_to_tar(tar, CLASS_LIST, "".join(name + "\n" for name in dataset.class_names).encode())
-            if jpeg is None:
-                skipped.append(dataset.name(index))
-                continue
-            stem = os.path.splitext(os.path.basename(dataset.name(index)))[0]
-            folder = dataset.class_names[dataset.labels[index]] + "/" if dataset.num_classes else ""
-            add_to_tar(tar, f"{folder}{index:08d}_{stem}.jpg", jpeg)
-        tar.close()
-        if skipped:
-            print(f"{split}: left out {len(skipped)} unreadable images: {', '.join(skipped[:20])}"
-                  + (", ..." if len(skipped) > 20 else ""))
-    os.replace(partial, out)
-    # both were read or written just now, so this times decoding more than the disk
-    rates = [read_rate(build_dataset(data, "train", size, train=True, seed=seed)) for data in (spec, out)]
-    print(f"reading {size}px training crops, one process: {rates[0]:.0f} images/s from {spec}, "
-          f"{rates[1]:.0f} images/s from {out} ({rates[1] / rates[0]:.1f}x)")
-
-
-def add_to_tar(tar, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)  # no time or owner: the same images give the same tar
-    tar.addfile(info, io.BytesIO(content))
-
-
-def read_rate(dataset, seconds=4.0):
-    """Images read, decoded and cropped a second, in random order, by one process."""
-    start, count = time.perf_counter(), 0
-    for index in np.random.default_rng(0).permutation(len(dataset)):
-        dataset[0, index]
-        count += 1
-        if time.perf_counter() - start > seconds:
-            break
-    return count / (time.perf_counter() - start)
-
-
-# -----------------------------------------------------------------------------
-# look at a data set
-
-
-def preview(dataset, path, num, seed):
-    """A labelled grid of `num` images, taken from all classes in turn."""
-    order = np.random.default_rng([seed, ORDER_STREAM]).permutation(len(dataset))
-    seen, turn = {}, []  # turn: how many of its class came before
-    for label in dataset.labels[order].tolist():
-        turn.append(seen.get(label, 0))
-        seen[label] = turn[-1] + 1
-    order = order[np.lexsort((dataset.labels[order], turn))][:num]
-    pairs = [dataset[i] for i in order]
-    texts = [dataset.class_names[label] if dataset.class_names else os.path.basename(dataset.name(i))
-             for i, (_, label) in zip(order, pairs)]
-    image_grid(torch.stack([image for image, _ in pairs]), path, labels=texts, columns=10)
-    return order
-
+def update_ema(ema, model, decay, step, finite):
+    """ema <- decay ema + (1 - decay) model where `finite`; the decay rises from 0 at first."""
+    rate = (1 - min(decay, (1 + step) / (10 + step))) * finite
+    averages = list(ema.parameters())
+    change = torch._foreach_sub(list(model.parameters()), averages)
+    torch._foreach_mul_(change, rate)
+    torch._foreach_add_(averages, change)
+    for average, buffer in zip(ema.buffers(), model.buffers()):
+        average.copy_(buffer)
 
 def main(argv=None):
-    parser = Parser(description="Look at a data set, or pack it into tar shards.")
-    parser.add_argument("--data", default="shapes", help="shapes, a folder, a .tar or a quoted glob of tars (default shapes)")
-    parser.add_argument("--split", default="train", choices=["train", "val"])
-    parser.add_argument("--size", type=int, default=32, help="pixels of the square images (default 32)")
-    parser.add_argument("--out", default="out/data", help="where preview.png goes (default out/data)")
-    parser.add_argument("--num", type=int, default=40, help="images in the preview (default 40)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pack", metavar="OUT", help="write tar shards of both splits for images of --size to OUT")
-    parser.add_argument("--shard-size", type=int, default=10_000, help="images a shard (default 10000)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that shrink images while packing (default 0)")
+    parser = Parser(description=__doc__)
+    parser.flag("data", str, "shapes", "shapes, a folder, a .tar or a quoted glob of tars")
+    parser.flag("split", str, "train", "which images to look at", choices=("train", "val"))
+    parser.flag("size", int, 32, "pixels of the square images", low=1, high=8192)
+    parser.flag("out", str, "out/data", "folder for preview.png")
+    parser.flag("num", int, 40, "images in the preview", low=1, high=10_000)
+    parser.flag("seed", int, 0, "of the drawings and the preview", low=0, high=2**31 - 1)
+    parser.flag("labels", bool, True, "class folders are classes")
+    parser.flag("pack", str, "", "write tar shards of both splits to this folder")
+    parser.flag("shard_size", int, 10_000, "images per shard", low=1)
+    parser.flag("workers", int, 0, "processes that shrink images for --pack", low=0, high=256)
     args = parser.parse_args(argv)
-    for name, low, high in (("size", 1, 8192), ("num", 1, 10_000), ("seed", 0, 2**31 - 1), ("shard_size", 1, 10**9),
-                            ("workers", 0, 256)):
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be from {low} to {high}")
     if args.pack:
-        pack(args.data, args.pack, args.size, args.shard_size, args.workers, args.seed)
+        pack(args.data, args.pack, args.size, args.shard_size, args.workers, args.seed,
+             args.labels)
         return
-
-    dataset = build_dataset(args.data, args.split, args.size, train=False, seed=args.seed)
+    dataset = build_dataset(args.data, args.split, args.size, False, args.seed, args.labels)
     print(f"{args.data} {args.split}: {dataset.describe()}")
     if dataset.num_classes:
         counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
-        shown = [f"{name} {count}" for name, count in zip(dataset.class_names, counts)][:100]
-        more = dataset.num_classes - len(shown)
-        print("images a class: " + ", ".join(shown) + (f", ... {more} more" if more else "")
-              + f" (smallest {counts.min()}, largest {counts.max()})")
+        texts = [f"{name} {count}" for name, count in zip(dataset.class_names, counts)]
+        print(f"images per class: {', '.join(texts[:100])} ({len(texts)} classes)")
     make_folder(args.out)
-    path = os.path.join(args.out, "preview.png")
-    order = preview(dataset, path, args.num, args.seed)
-    for index in order[:3]:
-        label = int(dataset.labels[index])
-        print(f"{dataset.name(index)}  class {label}  {dataset.class_names[label] if dataset.num_classes else '-'}")
-    for name in dataset.check_skipped():
-        print(f"unreadable, skipped: {name}")
-    print(f"wrote {path}")
-
+    rows = subset(len(dataset), args.num, args.seed)
+    names = [os.path.basename(dataset.name(i)) for i in rows]
+    if dataset.num_classes:
+        names = [dataset.class_names[dataset.labels[i]] for i in rows]
+    images = torch.stack([dataset[i][0] for i in rows])
+    image_grid(images, f"{args.out}/preview.png", labels=names, columns=10)
+    print(f"wrote {args.out}/preview.png")
 
 if __name__ == "__main__":
     run_main(main)

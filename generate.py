@@ -1,219 +1,159 @@
-"""Draw images with a trained generator: class -> codes (mergear.py) -> image (the tokenizer in the same checkpoint).
+"""Draw images with a trained generator: class -> codes -> source -> image.
 
-    python generate.py                                                   # 40 images of out/mergear/ckpt.pt
-    python generate.py --ckpt out/raster/ckpt.pt --classes star,heart --num 16 --cfg 3.0
-    python generate.py --cfg-sweep 1.0:4.0:0.5 --num 10                  # the same samples at seven scales, one a line
-    python generate.py --ckpt out/randar/ckpt.pt --steps 12 --cfg-schedule linear        # several codes a step
-    python generate.py --num 50000 --npz out/samples.npz                 # for evaluation, ADM's layout
-    torchrun --nproc_per_node=8 -- generate.py --ckpt out/l/ckpt.pt --num 50000 --npz out/samples.npz
-                                                 # the -- keeps torchrun from reading --num as its own --numa-binding
+    python generate.py  # 40 images of out/mergear/ckpt.pt
+    python generate.py --ckpt out/randar/ckpt.pt --classes star,heart --num 16 --steps 12
+    python generate.py --cfg-sweep 1.0:4.0:0.5 --num 10  # the same seeds at seven scales
+    python generate.py --num 50000 --npz out/samples.npz  # for eval.py gen, ADM's layout
+    python generate.py --num 50000 --png-dir out/samples  # for pytorch-fid, torch-fidelity
+    torchrun --nproc_per_node=8 -- generate.py --num 50000 --npz out/samples.npz
 
-Writes OUT/samples.png, the first images as a labelled grid. Image number i is a function of (--seed, i) and its class
-alone: --batch-size and the number of processes change the speed, not the images.
+The checkpoint of mergear.py or recovery.py holds both models. Image i is a function of its class
+and of (--seed, i), on any number of processes. Another --batch-size may change the rounding.
 """
 
+import dataclasses
+import functools
 import math
 import os
 import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
-from data import UserError, image_grid, make_folder, new_array, run_main, to_uint8
-from mergear import decode_codes, load_generator, sample_codes
-from recovery import load_recovery
-from tokenizer import Parser, start_run, weights_hash
+from data import (UserError, arg, from_uint8, image_grid, make_folder, parse_config, run_main,
+                  start_run, to_uint8, weights_hash)
+from mergear import draw_images, load_generator
 
-IN_PICTURE = 200  # images in samples.png at most
+IN_PICTURE = 200  # images in samples.png
 
-
-def parse(argv=None):
-    """Flags, each checked as far as it can be without the model. Raises UserError."""
-    parser = Parser(description=__doc__)
-    add = lambda name, default, help, **more: parser.add_argument(
-        name, type=type(default), default=default, help=f"{help} (default {default})" if default != "" else help, **more)
-    add("--ckpt", "out/mergear/ckpt.pt", "checkpoint of mergear.py")
-    add("--cfg", 2.0, "guidance scale s: uncond + s (cond - uncond); 1: the conditional model, at half the cost")
-    add("--cfg-schedule", "constant", "linear: the scale grows from 1 to --cfg as codes become known",
-        choices=("constant", "linear"))
-    add("--cfg-sweep", "", "FIRST:LAST:STEP, scales instead of --cfg: the same samples at each in OUT/sweep.png, a line each")
-    add("--temperature", 1.0, "divides the logits; 0: always the most likely code")
-    add("--top-k", 0, "sample among the k most likely sub-tokens; 0: all")
-    add("--top-p", 1.0, "sample among the most likely sub-tokens that hold this much probability")
-    add("--classes", "", "comma-separated class names or ids, used in turn; empty: all classes")
-    add("--num", 40, "images")
-    add("--keep", 0, "merge count K told to a mergear or randar model, one it was trained on; 0: the tokenizer's target")
-    add("--steps", 0, "randar: steps of parallel decoding, K at most; 0: the paper's share of K")
-    add("--recovery", "auto", "randar: checkpoint of recovery.py; auto: out/recovery/ckpt.pt if it fits; none: the tokenizer's")
-    add("--npz", "", "also write all images to this file: arr_0 uint8 (N,H,W,3), arr_1 int64 labels")
-    add("--out", "out/generate", "folder for samples.png")
-    add("--seed", 0, "image i is a function of (seed, i)")
-    add("--device", "auto", "auto (cuda > mps > cpu) or a torch device")
-    add("--dtype", "auto", "of the generator; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
-    add("--batch-size", 32, "images asked for at a time")
-    parser.add_argument("--compile", action="store_true",
-                        help="torch.compile the decoding step: minutes at first, for many images on a GPU")
-    args = parser.parse_args(argv)
-    for name, fine, remedy in (("cfg", 0 <= args.cfg <= 1000, "at least 0 and at most 1000"),
-                               ("temperature", args.temperature == 0 or 1e-3 <= args.temperature <= 1000,
-                                "0, or from 0.001 to 1000"),
-                               ("top_k", 0 <= args.top_k <= 10**9, "from 0 to 1000000000"),
-                               ("top_p", 0 < args.top_p <= 1, "above 0 and at most 1"),
-                               ("num", 1 <= args.num <= 10**7, "from 1 to 10000000"),
-                               ("steps", 0 <= args.steps <= 10**9, "at least 0"),
-                               ("batch_size", 1 <= args.batch_size <= 10**6, "from 1 to 1000000"),
-                               ("seed", 0 <= args.seed < 2**31, "from 0 to 2147483647")):
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be {remedy}")
-    return args
-
+@dataclasses.dataclass
+class SampleConfig:
+    ckpt: str = arg("out/mergear/ckpt.pt", help="checkpoint of mergear.py or recovery.py")
+    cfg: float = arg(2.0, help="guidance scale s: uncond + s (cond - uncond)", low=0, high=1000)
+    cfg_schedule: str = arg("constant", help="linear: the scale grows from 1 to --cfg with the "
+                            "share of known codes", choices=("constant", "linear"))
+    cfg_sweep: str = arg("", help="FIRST:LAST:STEP, draw OUT/sweep.png with these scales")
+    temperature: float = arg(1.0, help="divides the logits; 0: the likeliest code", low=0)
+    top_k: int = arg(0, help="sample among the k likeliest sub-tokens; 0: all", low=0)
+    top_p: float = arg(1.0, help="sample among the likeliest sub-tokens of this total probability",
+                       low=1e-9, high=1)
+    classes: str = arg("", help="names or ids, separated by commas, used in turn; empty: all")
+    num: int = arg(40, help="images", low=1, high=10**7)
+    keep: int = arg(0, help="merge count K; 0: the tokenizer's target", low=0)
+    steps: int = arg(0, help="randar: decoding steps; 0: the paper's share of K", low=0)
+    npz: str = arg("", help="write all images and labels to this file, in ADM's layout")
+    png_dir: str = arg("", help="write each image to this folder, 000000.png and so on")
+    out: str = arg("out/generate", help="folder for the picture")
+    seed: int = arg(0, help="image i is a function of (seed, i)", low=0, high=2**31 - 1)
+    device: str = arg("auto")
+    dtype: str = arg("auto", help="type of the generator; auto: bfloat16 on CUDA, else float32",
+                     choices=("auto", "float32", "bfloat16"))
+    batch_size: int = arg(0, help="images per batch; 0: 32 on a CPU, else 256", low=0, high=10**6)
+    compile: bool = arg(False, help="torch.compile the decoding step")
 
 def choose_classes(text, config):
-    """"star,7" -> class ids, by name or id; all classes for an empty text, [0] for an unconditional model."""
+    """"star,7" -> class ids, by name or id. Empty: all classes. Raises UserError."""
     if not text:
-        return list(range(max(1, config.num_classes)))
-    if not config.num_classes:
-        raise UserError(f"--classes {text}: this model was trained without labels; leave --classes out")
-    ids = {name: n for n, name in reversed(list(enumerate(config.class_names)))}
-    ids = {**{str(n): n for n in range(config.num_classes)}, **ids}  # a class that is called "7" is meant by 7
-    for name in text.split(","):
-        if name.strip() not in ids:
-            some = ", ".join(config.class_names[:5])
-            raise UserError(f"--classes: there is no class {name.strip()!r}; pass names ({some}, ...) or ids "
-                            f"0 to {config.num_classes - 1}")
-    return [ids[name.strip()] for name in text.split(",")]
-
-
-def check_keep(keep, config):
-    """The --keep that sample_codes takes: None for the default."""
-    if keep and config.mode == "raster":
-        raise UserError(f"--keep {keep}: this {config.mode} model has no merge instruction; leave --keep out")
-    if keep and keep not in config.keeps:
-        raise UserError(f"--keep {keep} is not one of the merge counts this model was trained on: "
-                        f"{', '.join(map(str, config.keeps))}")
-    return keep or None
-
-
-def check_steps(steps, keep, config):
-    """The --steps that sample_codes takes: None for the default."""
-    if steps and config.mode != "randar":
-        raise UserError(f"--steps {steps}: this {config.mode} model draws one code at a time; leave --steps out")
-    if steps > (keep or config.keep):
-        raise UserError(f"--steps {steps} is more than the {keep or config.keep} codes of an image: pass at most that, "
-                        "which draws one code a step")
-    return steps or None
-
+        return list(range(max(1, config.num_classes)))  # an unlabelled model has class 0 only
+    names = list(config.class_names)
+    ids = [str(n) for n in range(config.num_classes)]
+    classes = []
+    for word in text.split(","):
+        word = word.strip()
+        if word not in names + ids:
+            raise UserError(f"--classes: no class {word!r}: pass names, as in "
+                            f"{','.join(names[:3])}, or ids below {len(names)}")
+        # a class that is called "7" beats the id 7
+        classes.append(names.index(word) if word in names else int(word))
+    return classes
 
 def read_sweep(text):
-    """"1.0:4.0:0.5" -> [1.0, 1.5, ..., 4.0]."""
+    """"1.0:4.0:0.5" -> [1.0, 1.5, ..., 4.0]. Raises UserError."""
     try:
         first, last, step = (float(part) for part in text.split(":"))
-        count = int((last - first) / step + 1e-6) + 1
-        if not (0 <= first <= last <= 1000 and step > 0 and count <= IN_PICTURE):
-            raise ValueError
-        scales = [first + n * step for n in range(count)]
-    except (ValueError, ZeroDivisionError, OverflowError):
-        raise UserError(f"--cfg-sweep {text} must be FIRST:LAST:STEP with 0 <= FIRST <= LAST <= 1000 and STEP > 0, at most "
-                        f"{IN_PICTURE} scales, as in 1.0:4.0:0.5")
-    return scales
-
-
-def draw_sweep(scales, gpt, tokenizer, labels, names, sample, path):
-    """PNG: the same seeds and classes at each scale, one line a scale."""
-    rows = [decode_codes(gpt, tokenizer, sample(labels, scale)).cpu()
-            for scale in tqdm(scales, "guidance scales", dynamic_ncols=True)]
-    image_grid(rows, path, labels=names and names * len(scales), row_titles=[f"cfg {scale:g}" for scale in scales])
-
-
-def open_images(args, run, side):
-    """A memory-mapped uint8 (N,H,W,3) file that all ranks write to: 50,000 images need not fit in memory."""
-    path = os.path.join(args.out, "images.npy.tmp")
-    if run.main:
-        try:
-            os.makedirs(args.out, exist_ok=True)
-            os.makedirs(os.path.dirname(os.path.abspath(args.npz or path)), exist_ok=True)
-            if args.npz:  # or it would fail when all images are drawn
-                if os.path.isdir(args.npz):
-                    raise UserError(f"--npz {args.npz} is a folder; pass the name of a file")
-                open(args.npz + ".tmp.npz", "wb").close()
-                os.remove(args.npz + ".tmp.npz")
-            new_array(path, np.uint8, (args.num, side, side, 3))
-        except OSError as e:
-            raise UserError(f"--out {args.out} or --npz {args.npz} cannot be written ({e.strerror}); pass another place")
-    if run.world > 1:
-        dist.barrier()
-    return np.lib.format.open_memmap(path, "r+"), path
-
+        count = math.floor((last - first) / step + 1e-6) + 1
+        assert 0 <= first <= last <= 1000 and 1 <= count <= IN_PICTURE
+    except (ArithmeticError, ValueError, AssertionError):
+        raise UserError(f"--cfg-sweep {text}: pass FIRST:LAST:STEP, as in 1.0:4.0:0.5")
+    return [first + n * step for n in range(count)]
 
 def main(argv=None):
-    args = parse(argv)
+    args = parse_config(SampleConfig, __doc__, argv)
     gpt, tokenizer = load_generator(args.ckpt)
     config = gpt.config
-    made_by = dict(tokenizer=weights_hash(tokenizer.state_dict()), generator=weights_hash(gpt.state_dict()), weights="ema")
-    classes, keep = choose_classes(args.classes, config), check_keep(args.keep, config)
-    steps, scales = check_steps(args.steps, keep, config), read_sweep(args.cfg_sweep) if args.cfg_sweep else []
-    if config.mode == "randar":
-        tokenizer.recovery = load_recovery(args.recovery, tokenizer)
+    keep = args.keep or config.keep
+    if args.keep and (config.mode == "raster" or keep not in config.keeps):
+        raise UserError(f"--keep {keep}: this {config.mode} model was not trained on it; pass one "
+                        f"of {config.keeps}, or leave --keep out for raster")
+    if args.steps and (config.mode != "randar" or args.steps > keep):
+        raise UserError(f"--steps {args.steps}: only randar draws several codes per step, in at "
+                        f"most K = {keep} steps; this is a {config.mode} model")
+    classes = choose_classes(args.classes, config)
+    scales = read_sweep(args.cfg_sweep) if args.cfg_sweep else []
+    # which weights made the images, taken before a cast to bfloat16
+    made_by = dict(tokenizer=weights_hash(tokenizer.state_dict()),
+                   generator=weights_hash(gpt.state_dict()))
     run = start_run(args)
-    gpt, tokenizer = gpt.to(run.device, run.dtype), tokenizer.to(run.device)
-    if args.compile:
-        gpt.run_blocks, gpt.next_sub = torch.compile(gpt.run_blocks), torch.compile(gpt.next_sub)
-    labels = torch.tensor(classes).repeat(math.ceil(args.num / len(classes)))[:args.num]    # (N,)
-    names = [config.class_names[n] for n in labels] if config.num_classes else None
+    gpt.to(run.device, run.dtype)
+    tokenizer.to(run.device)
+    if args.compile:  # every step has the same shapes
+        gpt.run_blocks = torch.compile(gpt.run_blocks)
+    size = args.batch_size or (32 if run.device.type == "cpu" else 256)
+    # the classes in turn
+    labels = torch.tensor(classes).repeat(math.ceil(args.num / len(classes)))[:args.num]  # (N,)
+    names = [config.class_names[n] for n in labels[:IN_PICTURE]] if config.num_classes else None
+    cfg = args.cfg if names else 1.0  # without classes there is nothing to guide
+    sample = functools.partial(
+        draw_images, gpt, tokenizer, batch_size=size, temperature=args.temperature,
+        top_k=args.top_k, top_p=args.top_p, seed=args.seed, steps=args.steps or None,
+        keep=None if config.mode == "raster" else keep, cfg_schedule=args.cfg_schedule)
+    make_folder(args.out)
+    make_folder(os.path.dirname(args.npz) or ".", "--npz")
+    make_folder(args.png_dir or ".", "--png-dir")
 
-    def sample(labels, cfg, start=0):
-        cfg = cfg if config.num_classes else 1.0  # without classes there is nothing to guide
-        return sample_codes(gpt, labels, cfg, args.temperature, args.top_k, args.top_p, args.seed, start, keep, steps,
-                            args.cfg_schedule)
-
+    # the same noise and classes at every scale: what differs is guidance alone
     if scales:
-        if run.world > 1:
-            raise UserError("--cfg-sweep draws one picture: run it in one process, without torchrun")
-        path = os.path.join(args.out, "sweep.png")
-        make_folder(args.out)
-        draw_sweep(scales, gpt, tokenizer, labels[:IN_PICTURE], names, sample, path)
-        print(f"wrote {path}")
+        rows = [sample(labels[:size], cfg=scale).cpu() for scale in tqdm(scales)]
+        titles = [f"cfg {scale:g}" for scale in scales]
+        if run.main:
+            names = names and names[:size] * len(scales)
+            image_grid(rows, f"{args.out}/sweep.png", names, row_titles=titles)
+            print(f"wrote {args.out}/sweep.png")
         return
-    images, path = open_images(args, run, tokenizer.config.size)
 
-    # batch number n is made by rank n % world
-    starts = range(run.rank * args.batch_size, args.num, run.world * args.batch_size)
-    bar, began = tqdm(total=args.num, unit="image", disable=not run.main, dynamic_ncols=True), time.time()
-    for start in starts:
-        wanted = labels[start:start + args.batch_size]
-        codes = sample(wanted, args.cfg, start)
-        images[start:start + len(wanted)] = to_uint8(decode_codes(gpt, tokenizer, codes, start))
-        bar.update(min(len(wanted) * run.world, args.num - bar.n))
+    # all ranks write to one memory-mapped file: 50,000 images need not fit in memory
+    path, side = f"{args.out}/images.npy.tmp", tokenizer.config.size
+    if run.main:
+        np.lib.format.open_memmap(path, "w+", np.uint8, (args.num, side, side, 3))
+    run.barrier()
+    images = np.lib.format.open_memmap(path, "r+")
+    began = time.time()
+    starts = range(run.rank * size, args.num, run.world * size)  # batch r, r + world, ...
+    for start in tqdm(starts, unit="batch", disable=not run.main, dynamic_ncols=True):
+        # the noise of sample i is seeded by (seed, i), so the ranks need not talk
+        batch = to_uint8(sample(labels[start:start + size], start=start, cfg=cfg))  # (n,H,W,3)
+        images[start:start + len(batch)] = batch
+        for i in range(len(batch) if args.png_dir else 0):
+            Image.fromarray(batch[i]).save(f"{args.png_dir}/{start + i:06d}.png")
     images.flush()
-    if run.world > 1:
-        dist.barrier()
-    bar.close()
+    run.barrier()
+    if not run.main:
+        return
 
-    if run.main:
-        seconds = time.time() - began
-        shown = torch.from_numpy(np.array(images[:IN_PICTURE])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        columns = len(classes) if 1 < len(classes) <= 12 else 8  # then each class has its column
-        image_grid(shown, os.path.join(args.out, "samples.png"), labels=names and names[:len(shown)], columns=columns)
-        cache = gpt.new_cache(1 if args.cfg == 1.0 or not names else 2, keep or config.keep)
-        print(f"{args.num} images in {seconds:.1f} s: {args.num / seconds:.2f} images/s, "
-              f"{args.num * codes.shape[1] / seconds:.0f} tokens/s; "
-              f"{config.mode} KV cache: {cache.rows} rows, {cache.nbytes:,} bytes an image")
-        print(f"wrote {os.path.join(args.out, 'samples.png')}" + (f" (the first {len(shown)})" if len(shown) < args.num else ""))
-        if args.npz:
-            partial = args.npz + ".tmp.npz"
-            np.savez(partial, arr_0=images, arr_1=labels.numpy(), **made_by)   # ADM's names, and what eval.py records
-            os.replace(partial, args.npz)
-            print(f"wrote {args.npz}")
-    del images
-    if run.world > 1:
-        dist.barrier()
-    if run.main:
-        os.remove(path)
-    if run.world > 1:
-        dist.destroy_process_group()
-
+    speed = args.num / (time.time() - began)
+    columns = len(classes) if 1 < len(classes) <= 12 else 8  # a column per class
+    image_grid(from_uint8(np.array(images[:IN_PICTURE])), f"{args.out}/samples.png", names, columns)
+    cache = gpt.new_cache(1 if cfg == 1.0 else 2, keep)
+    codes = keep if config.mode == "randar" else config.length
+    print(f"{speed:.2f} images/s, {speed * codes:.0f} codes/s; {config.mode} cache of an image: "
+          f"{cache.rows} rows, {cache.nbytes:,} bytes")
+    if args.npz:
+        np.savez(f"{args.npz}.tmp.npz", arr_0=images, arr_1=labels.numpy(), **made_by)
+        os.replace(f"{args.npz}.tmp.npz", args.npz)
+    os.remove(path)
+    print("wrote", *filter(None, (f"{args.out}/samples.png", args.npz, args.png_dir)))
 
 if __name__ == "__main__":
     run_main(main)

@@ -1,42 +1,37 @@
-"""Stage 1 of MergeVQ (arXiv 2504.00999): the tokenizer. Merge tokens, quantise them, remember where they came from.
+"""Stage 1 of MergeVQ (arXiv 2504.00999): the tokenizer. It merges tokens, quantises them, and
+remembers where they came from.
 
-    python tokenizer.py                                          # tiny, embedded `shapes`, two CPU cores
+    python tokenizer.py                                          # tiny, embedded `shapes`, a CPU
     python tokenizer.py --data path/to/folder --max-steps 5000   # tiny, your images
-    python tokenizer.py --variant g --data data/imagenet --batch-size 16 --grad-ckpt        # one GPU
-    torchrun --nproc_per_node=8 tokenizer.py --variant g --data data/imagenet               # eight GPUs
-    python tokenizer.py --resume                                 # go on where the run in --out stopped
-    python tokenizer.py --variant gr --perceptual lpips --lpips-weights download --vgg-weights download --align dinov2 \\
-        --init dinov2 --teacher-weights download                 # the full versions; a path instead of download works too
+    python tokenizer.py --variant g --batch-size 16 --grad-ckpt  # one GPU, reads data/imagenet
+    torchrun --nproc_per_node=8 tokenizer.py --variant g         # eight GPUs
+    python tokenizer.py --resume                                 # continue the run in --out
 
-An image becomes L tokens (a CNN or patch grid), a transformer merges them to K while it runs (ToMe), each merged token
-becomes d bits (LFQ), and `source` says for each of the L positions which of the K tokens stands for it:
+The full versions of the three stubs (a path works as well as the word download):
 
-    image (B,3,H,W) -> CNN -> (B,L,D) -> 12 x [attention, merge, MLP] -> (B,K,D) -> d signs -> codes (B,K)
+    python tokenizer.py --variant gr --perceptual lpips --lpips-weights download \\
+        --vgg-weights download --align dinov2 --init dinov2 --teacher-weights download
+
+An image becomes L tokens (a CNN or a patch grid). A transformer merges them to K while it runs
+(ToMe). Each merged token becomes d bits (LFQ). `source` says for each of the L positions which
+of the K tokens stands for it:
+
+    image (B,3,H,W) -> CNN -> (B,L,D) -> 12 x [attention, merge, MLP] -> (B,K,D) -> codes (B,K)
                                               `-> source (B,L) in [0,K)
-    codes, source -> bits (B,K,d) -> one gather -> (B,L,d) -> transformer + CNN decoder -> image
+    codes, source -> bits (B,K,d) -> one gather -> (B,L,d) -> transformer, CNN -> image
 
-Read top to bottom: shared helpers, config, merging, quantiser, encoder, decoder, recovery, the model, losses, main.
-Axis letters: B batch, L full tokens, K kept tokens, D width, d code bits, N tokens at this layer, C any channels.
+In reading order: config, token merging, LFQ, networks, source recovery, the model, losses,
+evaluation, training; appendix: LPIPS, DINOv2 and their weight files.
+Axis letters: B batch, L full tokens, K kept tokens, D width, d code bits, N tokens at this
+layer, M tokens after a merge, h heads, C any channels.
 """
 
-import argparse
-import contextlib
 import copy
 import dataclasses
-import datetime
-import errno
-import glob
 import hashlib
-import io
-import json
 import math
 import os
-import shlex
-import shutil
-import signal
-import sys
-import time
-import warnings
+from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
@@ -44,807 +39,294 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
-from data import (AUGMENT_DRAWS, Parser, UserError, augment, batches, build_dataset, ignore_signals, image_grid, run_main)
+from data import (AUGMENT_DRAWS, Metrics, RunConfig, UserError, adamw, arg, augment, batches,
+                  build_dataset, catch_signals, end_run, image_grid, learning_rate,
+                  load_checkpoint, load_parts, loader_workers, mean_over_ranks, micro_batch,
+                  open_out, parallel, parse_config, presets, run_main, save_checkpoint, seeded,
+                  start_run, step_if_finite, subset, update_ema, val_batches)
 
+# -----------------------------------------------------------------------------
+# Config: the paper's Table A1 as a table. Every field is a flag.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What every stage shares: config -> flags, process group, checkpoints, EMA, learning rate, logs. Later stages import it.
-
-def arg(default, help, choices=None, low=None, high=None):
-    """A dataclass field that is also a flag: its default, help text, and the values it may take."""
-    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, low=low, high=high))
-
-
-@dataclasses.dataclass
-class RunConfig:
-    """The flags that every training script shares."""
-    data: str = arg("", "shapes | image folder | .tar or quoted glob of tar shards")
-    out: str = arg("", "folder for checkpoint, metrics and pictures")
-    seed: int = arg(0, "all randomness is a function of this and the step", low=0, high=2**31 - 1)
-    device: str = arg("auto", "auto (cuda > mps > cpu) or a torch device")
-    dtype: str = arg("auto", "autocast type; auto is bfloat16 on CUDA, else float32", choices=("auto", "float32", "bfloat16"))
-    batch_size: int = arg(256, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
-    accum: int = arg(1, "micro-batches a rank adds up for one step", low=1, high=1000000)
-    max_steps: int = arg(0, "optimizer steps; 0: as many as --epochs makes", low=0)
-    epochs: int = arg(270, "passes over the data, when --max-steps is 0", low=1)
-    lr: float = arg(1e-4, "peak learning rate", low=0.0)
-    lr_schedule: str = arg("step", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
-                           choices=("step", "cosine", "constant"))
-    warmup: int = arg(1000, "linear warm-up steps", low=0)
-    workers: int = arg(-1, "data loader processes a rank; -1: none for shapes, else up to 8", low=-1, high=256)
-    log_every: int = arg(10, "steps between lines in metrics.jsonl", low=1)
-    eval_every: int = arg(1000, "steps between evaluations with pictures", low=1)
-    eval_num: int = arg(1000, "validation images an evaluation looks at", low=1)
-    save_every: int = arg(1000, "steps between checkpoints", low=1)
-    keep_last: int = arg(1, "how many checkpoints stay; beyond 1 also as ckpt_STEP.pt", low=1)
-    resume: bool = arg(False, "continue the run in --out")
-    overwrite: bool = arg(False, "replace the run in --out")
-    compile: bool = arg(False, "torch.compile the parts of static shape")
-
-
-def parse_config(config_class, doc, presets=None, flag="", argv=None):
-    """Flags from a config dataclass. `presets[name]` (chosen by --flag) replaces defaults; a typed flag beats both.
-
-    Raises UserError (one line, exit code 2) on an unknown flag or a value out of range.
-    """
-    def ints(text):
-        return tuple(int(v) for v in text.split(","))
-
-    def build(defaults):
-        parser = Parser(description=doc)
-        for f in dataclasses.fields(config_class):
-            name, default, meta = "--" + f.name.replace("_", "-"), defaults.get(f.name, f.default), f.metadata
-            text = meta["help"] + (f" (default {default})" if default != "" else "")
-            if f.type is bool:
-                parser.add_argument(name, action=argparse.BooleanOptionalAction, default=default, help=text)
-            elif f.type is tuple:
-                parser.add_argument(name, type=ints, default=default,
-                                    metavar="INT,INT,...", help=text)
-            else:
-                parser.add_argument(name, type=f.type, default=default, choices=meta["choices"], help=text)
-        return parser
-
-    defaults = {}
-    if presets:
-        first = Parser(add_help=False)
-        first.add_argument("--" + flag, default=next(f.default for f in dataclasses.fields(config_class) if f.name == flag))
-        name = getattr(first.parse_known_args(argv)[0], flag)
-        if name not in presets:
-            raise UserError(f"--{flag} {name} is not one of {', '.join(presets)}")
-        defaults = presets[name]
-    config = config_class(**vars(build(defaults).parse_args(argv)))
-    check_ranges(config)
-    return config
-
-
-def check_ranges(config):
-    """Every number within the bounds its field states, or within a billion either way; raises UserError."""
-    for f in dataclasses.fields(config):
-        value, low, high = getattr(config, f.name), f.metadata.get("low"), f.metadata.get("high")
-        low, high = -10**9 if low is None else low, 10**9 if high is None else high
-        for v in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(v, (int, float)) and not low <= v <= high:  # a nan fails the comparison
-                raise UserError(f"--{f.name.replace('_', '-')} {v} must be at least {low} and at most {high}")
-
-
-class Run(NamedTuple):
-    """Where this process stands: rank of world, device, autocast dtype."""
-    rank: int
-    world: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def main(self):
-        return self.rank == 0
-
-    def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-
-def pick_device(name, dtype="auto", rank=0):
-    """Flags --device and --dtype -> (torch.device, torch.dtype); raises UserError when the device is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(f"cuda:{rank}" if name == "cuda" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f"--device {name} is not usable here ({str(e).splitlines()[0]}); try --device cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
-    dtype = ("bfloat16" if device.type == "cuda" else "float32") if dtype == "auto" else dtype
-    return device, getattr(torch, dtype)
-
-
-def start_run(config):
-    """Join the process group when torchrun started us, pick device and dtype, print them. Returns Run."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, dtype = pick_device(config.device, config.dtype, int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(minutes=30))
-    torch.manual_seed(config.seed)
-    run = Run(rank, world, device, dtype)
-    if run.main:
-        print(f"torch {torch.__version__}, device {device}, {dtype}, {world} process(es)")
-    return run
-
-
-class MeanOverRanks(torch.autograd.Function):
-    """all_reduce-mean whose backward is an all_reduce-mean too, so that DDP's gradient is that of one big batch."""
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x / dist.get_world_size()
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad / dist.get_world_size()
-
-
-def mean_over_ranks(x):
-    """Mean of a tensor over all ranks, differentiable; the tensor itself on one process."""
-    return MeanOverRanks.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
-
-
-def parallel(module, run):
-    """DDP around a module when there are several ranks, which averages its gradients. None stays None."""
-    if run.world == 1 or module is None:
-        return module
-    ids = [run.device.index] if run.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-
-
-def no_sync(on, *modules):
-    """A context in which, if `on`, gradients add up on each rank and are not averaged: all micro-batches but the last."""
-    stack = contextlib.ExitStack()
-    for module in modules:
-        if on and isinstance(module, nn.parallel.DistributedDataParallel):
-            stack.enter_context(module.no_sync())
-    return stack
-
-
-def check_batch(config, run):
-    """--batch-size must divide into ranks and micro-batches; raises UserError before anything is written."""
-    if config.batch_size % (run.world * config.accum):
-        raise UserError(f"--batch-size {config.batch_size} does not divide into {run.world} processes x --accum {config.accum}: "
-                        f"pass a multiple of {run.world * config.accum}")
-
-
-def prepare_out(config, run):
-    """Make --out. An existing run there needs --resume or --overwrite. Returns the checkpoint to resume from, or None."""
-    path = os.path.join(config.out, "ckpt.pt")
-    if config.resume:
-        if not os.path.exists(path):
-            raise UserError(f"--resume: there is no {path}; leave --resume out to start a run there")
-        return path
-    if (os.path.exists(path) or numbered_checkpoints(path)) and not config.overwrite:
-        raise UserError(f"--out {config.out} holds a run already: pass --resume to continue it or --overwrite to replace it")
-    if run.main:
-        try:
-            os.makedirs(config.out, exist_ok=True)
-            for old in (path, os.path.join(config.out, "metrics.jsonl"), *numbered_checkpoints(path)):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(old)
-        except OSError as e:
-            raise UserError(f"--out {config.out} cannot be written ({e.strerror}); pass another folder")
-    if run.world > 1:
-        dist.barrier()
-    return None
-
-
-def loader_workers(config):
-    """Flag --workers -> data loader processes of a rank. Raises UserError on a number that no machine has room for."""
-    if config.workers > 256:
-        raise UserError(f"--workers {config.workers} must be at most 256")
-    return config.workers if config.workers >= 0 else 0 if config.data == "shapes" else min(8, os.cpu_count() or 1)
-
-
-CHECKPOINT_VERSION = 2  # 2: ranks of source recovery are stretched to the image
-
-
-def save_checkpoint(path, kind, keep_last=1, **state):
-    """Write one dict of tensors and primitives to a temporary name, then rename: a reader never sees half a file.
-
-    With keep_last > 1 the last so many stay beside it as ckpt_STEP.pt. Raises UserError when it cannot be written (a full
-    disk, no permission); what was there before is untouched then.
-    """
-    temporary, metrics = f"{path}.tmp", os.path.join(os.path.dirname(path), "metrics.jsonl")
-    if metrics in UNWRITTEN:  # a run that is resumed from here should not lack these lines
-        append_metrics(metrics)
-    try:
-        with open(temporary, "wb") as f:
-            torch.save(dict(kind=kind, version=CHECKPOINT_VERSION, **state), f)
-            f.flush()
-            os.fsync(f.fileno())  # or a power cut could leave the new name with nothing behind it
-        if keep_last > 1:  # the newest has two names and needs its space once
-            numbered = f"{os.path.splitext(path)[0]}_{state['step']:07d}.pt"
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(numbered)
-            try:
-                os.link(temporary, numbered)
-            except OSError:  # a file system without links
-                shutil.copyfile(temporary, numbered)
-        os.replace(temporary, path)
-        if keep_last > 1:  # who went back to an older one keeps those of later steps
-            for old in [name for name in numbered_checkpoints(path) if name <= numbered][:-keep_last]:
-                os.remove(old)
-    except (OSError, RuntimeError) as e:  # torch.save wraps the first in the second
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        reason = e.strerror if isinstance(e, OSError) else f"{e.__context__ or e}".splitlines()[0]
-        raise UserError(f"{path} could not be written ({reason}): make room or mend the folder; the checkpoint before is kept")
-
-
-def numbered_checkpoints(path):
-    """The files ckpt_STEP.pt that --keep-last left beside ckpt.pt, oldest first."""
-    stem = os.path.splitext(path)[0]
-    return sorted(name for name in glob.glob(f"{glob.escape(stem)}_*.pt") if name[len(stem) + 1:-3].isdecimal())
-
-
-@contextlib.contextmanager
-def disk_may_fail(must=False):
-    """What is written inside may fail without ending the run: the error is printed. `must`: it ends the run after all."""
-    try:
-        yield
-    except (UserError, OSError) as e:
-        if must:
-            raise
-        tqdm.write(f"warning: {e}", file=sys.stderr)
-
-
-def load_checkpoint(path, kind, device="cpu"):
-    """Read a checkpoint of the given kind. Raises UserError when it is missing, unreadable, or of another kind."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on strange files; the one line below says enough
-            state = torch.load(path, map_location=device, weights_only=True)
-            found = state["kind"], state["version"]
-            fits = found == (kind, CHECKPOINT_VERSION)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}: train one first, or pass its path")
-    except Exception as e:  # a damaged or malicious file raises many types; each means the same to the user
-        older = numbered_checkpoints(path)
-        remedy = f"copy {older[-1]} over it" if older else "train again or pass another"
-        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__}): it may be damaged; {remedy}")
-    if not fits:
-        raise UserError(f"{path} is a checkpoint of kind {found[0]}, version {found[1]}, but {kind}, version "
-                        f"{CHECKPOINT_VERSION} is needed: pass another, or train again")
-    return state
-
-
-@contextlib.contextmanager
-def reading(path):
-    """While the content of a checkpoint is put to use: whatever is missing or does not fit becomes one line."""
-    try:
-        yield
-    except Exception as e:  # wrong shapes, names, types: nothing else can go wrong inside
-        raise UserError(f"{path} does not hold what it should ({type(e).__name__}: {' '.join(str(e).split())[:200]}): "
-                        "pass the flags it was made with, or another file") from None
-
-
-def weights_hash(state_dict):
-    """sha256 of a state dict's names, types, shapes and values: two equal hashes mean the same model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(state_dict.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-@torch.no_grad()
-def update_ema(ema, model, decay, step):
-    """ema <- decay * ema + (1 - decay) * model, the decay rising from 0 in the first steps; buffers are copied."""
-    decay = min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-    for a, b in zip(ema.buffers(), model.buffers()):
-        a.copy_(b)
-
-
-def learning_rate(step, config):
-    """Learning rate of a step: linear warm-up, then the schedule (Table A1: `step` for G and G+R, `cosine` for R)."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    done = (step - config.warmup) / max(1, config.max_steps - config.warmup)
-    if config.lr_schedule == "cosine":
-        return config.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
-    if config.lr_schedule == "step":
-        return config.lr * (1.0 if done < 0.8 else 0.1 if done < 0.95 else 0.01)
-    return config.lr
-
-
-def adamw(named_parameters, config, betas, weight_decay, device):
-    """AdamW, fused where there is a fused one; matrices decay, vectors (biases, norms, scales) do not."""
-    params = [p for _, p in named_parameters if p.requires_grad]
-    groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=weight_decay),
-              dict(params=[p for p in params if p.dim() < 2], weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=device.type in ("cuda", "cpu"))
-
-
-UNWRITTEN = {}  # metrics path -> lines that wait for a disk with room
-
-
-def append_metrics(path, **values):
-    """One JSON line more in a metrics file; tensors become numbers. What a full disk refuses goes out with a later line, or
-    when this is called without values."""
-    values = {k: round(float(v), 7) if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
-    text = UNWRITTEN.pop(path, "") + (json.dumps(values) + "\n" if values else "")
-    try:
-        with open(path, "ab", buffering=0) as f:
-            size = f.tell()
-            if f.write(text.encode()) < len(text):  # the part that fitted would be half a line
-                f.truncate(size)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    except OSError as e:
-        if text.count("\n") == 1:
-            tqdm.write(f"warning: {path} not written ({e.strerror}): its lines wait in memory", file=sys.stderr)
-        UNWRITTEN[path] = text
-
-
-def trim_metrics(path, step):
-    """Drop what comes after the checkpoint of `step` from a metrics file: a resumed run writes these lines again, and the
-    evaluation at `step` too. Half a line, left by a kill, goes with them."""
-    kept = []
-    with contextlib.suppress(FileNotFoundError), open(path) as f:
-        for line in f:
-            with contextlib.suppress(ValueError):
-                row = json.loads(line)
-                if row["step"] < step or row["step"] == step and "lr" in row:  # evaluations have no learning rate
-                    kept.append(line)
-    with open(f"{path}.tmp", "w") as f:
-        f.writelines(kept)
-    os.replace(f"{path}.tmp", path)
-
-
-class Stop:
-    """`with Stop() as stop`: SIGTERM and Ctrl-C only set stop.asked, for the training loop to save and end after its step.
-    The second one ends the process at once, as if this were not here."""
-    asked = False
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, frame):
-        self.asked = True
-        signal.signal(number, self.before[number])
-
-    def __exit__(self, *exception):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def resume_command(script, argv, world):
-    """The command line that continues a run which `script argv` started."""
-    start = ["python"] if world == 1 else ["torchrun", f"--nproc_per_node={world}", "--"]
-    argv = [a for a in (sys.argv[1:] if argv is None else argv) if a not in ("--overwrite", "--resume")]
-    return shlex.join([*start, script, *argv, "--resume"])
-
-
-def any_rank(run, *flags):
-    """Flags (bool or 0-d tensor) -> list of bool: is each on, on any rank? What all must do alike is decided here."""
-    flags = torch.stack([torch.as_tensor(flag, device=run.device).float() for flag in flags])
-    if run.world > 1:
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return [flag > 0 for flag in flags.tolist()]
-
-
-MAX_BAD = 20  # this many steps in a row without a finite loss and gradient: the run is lost, not unlucky
-
-
-def check_bad(streak, step, config):
-    """Raises UserError when too many steps in a row were bad."""
-    if streak >= MAX_BAD:
-        raise UserError(f"{streak} steps in a row up to step {step} had a loss or gradient that is not finite; the weights in "
-                        f"{config.out} are from before: pass --resume with a lower --lr than {config.lr}, or --dtype float32")
-
-
-def dry_run(kind, train, config, run, *inputs, **changes):
-    """One step of `train(config, run, *inputs)`, with evaluation, pictures and checkpoint, in a folder that goes again.
-
-    What would end a long run at its first evaluation or save (memory, disk, a wrong path) ends it here instead.
-    """
-    began, folder = time.time(), os.path.join(config.out, "dry_run")
-    if run.main:
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            os.makedirs(folder)
-        except OSError as e:
-            raise UserError(f"--out {config.out} cannot be written ({e.strerror}); pass another folder")
-    if run.world > 1:
-        dist.barrier()
-    changes = dict(dict(out=folder, max_steps=1, eval_num=min(16, config.eval_num), log_every=1, resume=False, keep_last=2),
-                   **changes)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            train(dataclasses.replace(config, **changes), run, *inputs)
-        if run.main and load_checkpoint(os.path.join(folder, "ckpt.pt"), kind)["skipped"]:
-            raise UserError("the first step gave a loss or gradient that is not finite: check --data, or pass --dtype float32")
-    except (MemoryError, RuntimeError) as e:
-        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
-            raise UserError("a training step does not fit in memory: pass a smaller --batch-size, or a larger --accum") from None
-        raise
-    finally:
-        if run.main:
-            shutil.rmtree(folder, ignore_errors=True)
-    if run.main:
-        print(f"dry run: a step, an evaluation and a checkpoint work ({time.time() - began:.1f} s)")
-
-
-def check_trained(named_parameters, optimizer):
-    """Every trainable parameter is in the optimizer, once, and has a gradient."""
-    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    for name, p in named_parameters:
-        if p.requires_grad:
-            assert owned.count(id(p)) == 1, f"parameter {name} is {owned.count(id(p))} times in the optimizer"
-            assert p.grad is not None, f"parameter {name} got no gradient"
-
-
-def plot_curves(metrics_path, png_path, panels):
-    """Draw the metrics file as small line charts. panels: list of metric names, one chart each; x is the step."""
-    with open(metrics_path) as f:
-        every = sum(1 for _ in f) // 500 + 1  # a chart is 240 pixels wide: memory must not grow with the run
-        f.seek(0)
-        plot_rows([json.loads(line) for n, line in enumerate(f) if n % every == 0 or '"lr"' not in line], png_path, panels)
-
-
-def plot_rows(rows, png_path, panels, x="step"):
-    """Draw a list of dicts as small line charts over its key `x`: one chart for each key in `panels`."""
-    w, h, columns = 300, 170, 3
-    sheet = Image.new("RGB", (w * columns, h * math.ceil(len(panels) / columns)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for n, name in enumerate(panels):
-        points = [(r[x], r[name]) for r in rows if name in r and math.isfinite(float(r[name]))]   # "inf" too
-        x0, y0 = 48 + w * (n % columns), 22 + h * (n // columns)
-        x1, y1 = x0 + w - 62, y0 + h - 42
-        draw.text((x0, y0 - 16), name, fill="black")
-        draw.rectangle((x0, y0, x1, y1), outline="gray")
-        if len(points) < 2:
-            continue
-        first, last = points[0][0], points[-1][0]
-        low, high = min(v for _, v in points), max(v for _, v in points)
-        to_pixel = lambda s, v: (x0 + (x1 - x0) * (s - first) / max(1, last - first),
-                                 y1 - (y1 - y0) * (v - low) / max(1e-12, high - low))
-        draw.line([to_pixel(*p) for p in points], fill=(200, 60, 40), width=1)
-        for px, py in [to_pixel(*p) for p in points] * (len(points) < 20):  # so few that each is worth a dot
-            draw.ellipse((px - 2, py - 2, px + 2, py + 2), fill=(200, 60, 40))
-        draw.text((x0 - 44, y0 - 2), f"{high:.3g}", fill="gray")
-        draw.text((x0 - 44, y1 - 10), f"{low:.3g}", fill="gray")
-        draw.text((x0, y1 + 3), f"{x} {first}", fill="gray")
-        draw.text((x1 - draw.textlength(f"{last}"), y1 + 3), f"{last}", fill="gray")
-    sheet.save(png_path)
-
-
-def seeded(*key):
-    """A CPU generator that is a function of the key alone, e.g. (seed, step)."""
-    state = 0x9E3779B97F4A7C15
-    for k in key:  # splitmix64 of each part in turn: near keys give unrelated streams
-        state = (state ^ (int(k) + 0x632BE59BD9B4E019)) * 0xBF58476D1CE4E5B9 & (2**64 - 1)
-        state = (state ^ (state >> 31)) * 0x94D049BB133111EB & (2**64 - 1)
-        state ^= state >> 29
-    return torch.Generator().manual_seed(state & (2**63 - 1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Config: the paper's Table A1 as data. Every field is a flag.
+def squares(first, last):
+    return tuple(n * n for n in range(first, last + 1))
 
 @dataclasses.dataclass
 class TokenizerConfig(RunConfig):
-    """Defaults are the tiny variant's; VARIANTS lists what the others change (design of Table A1)."""
-    variant: str = arg("tiny", "preset: tiny, g, gr or r", choices=("tiny", "g", "gr", "r"))
-    data: str = arg("shapes", "shapes | image folder | .tar or quoted glob of tar shards")
-    out: str = arg("out/tokenizer", "folder for checkpoint, metrics and pictures")
-    size: int = arg(32, "image side in pixels", low=8, high=8192)
-    # encoder: a CNN halving the image between stages, or one patch convolution; then a transformer that merges
-    patch: int = arg(0, "side of ViT patches (variant r); 0: CNN stages", low=0, high=8192)
-    base: int = arg(16, "CNN width at full resolution, encoder and decoder", low=1, high=8192)
-    mult: tuple = arg((1, 2, 6), "CNN width of each stage, in units of --base", low=1, high=1024)
-    res_blocks: int = arg(1, "residual blocks a stage", low=1, high=256)
-    norm_groups: int = arg(8, "groups of the CNN's GroupNorm", low=1, high=8192)
-    width: int = arg(96, "encoder transformer width D", low=8, high=32768)
-    depth: int = arg(3, "encoder transformer blocks", low=1, high=256)
-    heads: int = arg(4, "encoder attention heads", low=1, high=1024)
-    dec_width: int = arg(96, "decoder transformer width", low=8, high=32768)
-    dec_depth: int = arg(2, "decoder transformer blocks", low=1, high=256)
-    dec_heads: int = arg(4, "decoder attention heads", low=1, high=1024)
-    layer_scale: float = arg(0.1, "initial LayerScale of the transformer blocks", low=0.0)
+    """One column per variant: tiny for a CPU, and the paper's G, G+R, R (Table A1)."""
+    #                       tiny    g     gr    r
+    variant: str = arg(     "tiny", "g",  "gr", "r", help="preset: tiny, g, gr or r")
+    data: str = arg(        "shapes", *["data/imagenet"] * 3)
+    out: str = arg(         "out/tokenizer")
+    size: int = arg(        32,     256,  256,  256, help="image side in pixels", low=8, high=8192)
+    # encoder: a CNN that halves the image between stages, or one patch convolution
+    patch: int = arg(       0,      0,    0,    16, help="side of ViT patches; 0: CNN", low=0)
+    base: int = arg(        16,     64,   64,   64, help="CNN width at full resolution", low=1)
+    mult: tuple = arg(      (1, 2, 6), (1, 2, 4, 8), (1, 1, 2, 4, 8), (1, 1, 2, 4, 8), low=1,
+                            help="CNN width of each stage, in units of --base")
+    res_blocks: int = arg(  1,      4,    4,    4, help="residual blocks per stage", low=1)
+    width: int = arg(       96,     512,  512,  768, help="encoder transformer width D", low=8)
+    depth: int = arg(       3,      12,   12,   12, help="encoder transformer blocks", low=1)
+    heads: int = arg(       4,      8,    8,    12, help="encoder attention heads", low=1)
+    dec_width: int = arg(   96,     512,  512,  512, help="decoder transformer width", low=8)
+    dec_depth: int = arg(   2,      12,   12,   12, help="decoder transformer blocks", low=1)
+    dec_heads: int = arg(   4,      8,    8,    8, help="heads of decoder and recovery", low=1)
+    recovery_width: int = arg(96,   384,  384,  384, help="source recovery width", low=8)
+    layer_scale: float = arg(0.1,   1e-5, 1e-5, 1e-5, help="initial LayerScale", low=0)
     # merging and quantisation
-    keep: int = arg(36, "target number of merged tokens K", low=1)
-    keeps: tuple = arg((16, 25, 36, 49, 64), "values of K drawn in training", low=1)
-    keep_sampling: str = arg("exponential", "how K is drawn (A.3): exponential, gaussian, or fixed at --keep",
+    keep: int = arg(        36,     256,  144,  36, help="target number of merged tokens K", low=1)
+    keeps: tuple = arg(     squares(4, 8), squares(15, 23), squares(11, 16), squares(6, 12),
+                            help="values of K drawn in training", low=1)
+    keep_sampling: str = arg("exponential", "exponential", "gaussian", "exponential",
+                             help="how K is drawn (A.3)",
                              choices=("exponential", "gaussian", "fixed"))
-    bits: int = arg(8, "code bits d; the vocabulary has 2^d codes", low=1, high=24)
-    bit_norm: bool = arg(True, "batch-normalise each bit before the sign, which prevents codebook collapse")
-    tau: float = arg(1.0, "temperature of the entropy's soft assignment", low=1e-3)
-    recovery_width: int = arg(96, "source recovery width", low=8, high=32768)
-    recovery_heads: int = arg(4, "source recovery attention heads", low=1, high=1024)
-    # losses; the weights of Table A1 are in PAPER below
-    perceptual: str = arg("stub", "perceptual loss: stub (fixed edge filters), lpips (needs two weight files), none",
+    bits: int = arg(        8,      18,   18,   18, help="code bits d: 2^d codes", low=1, high=24)
+    bit_norm: bool = arg(True, help="batch-normalise each bit, against codebook collapse")
+    # loss weights
+    w_rec: float = arg(     10.0,   1.0,  1.0,  1.0, help="L2 reconstruction", low=0)
+    w_perceptual: float = arg(1.0,  0.7,  0.7,  0.7, help="perceptual loss", low=0)
+    w_commit: float = arg(  0.25,   0.25, 0.25, 0.25, help="commitment loss", low=0)
+    w_entropy: float = arg( 0.015,  0.1,  0.1,  0.1, help="LFQ entropy loss", low=0)
+    w_recovery: float = arg(0.01,   0.5,  0.5,  1.0, help="source recovery", low=0)
+    w_align: float = arg(   0.1,    0.1,  1.0,  1.0, help="global alignment", low=0)
+    w_disc: float = arg(    0.1,    0.8,  0.8,  0.8, help="adversarial loss", low=0)
+    w_lecam: float = arg(   0.01,   0.01, 0.01, 0.01, help="LeCam regularisation", low=0)
+    # adversary, perceptual loss, teacher
+    disc_start: int = arg(  4000,   20000, 20000, 20000, help="step of the first GAN loss", low=0)
+    disc_ramp: int = arg(   1000,   5000, 5000, 5000, help="steps to its full weight", low=1)
+    disc_base: int = arg(   16,     64,   64,   64, help="discriminator width", low=1)
+    disc_layers: int = arg( 2,      3,    3,    3, help="strided layers of the PatchGAN", low=1)
+    perceptual: str = arg("stub", help="perceptual loss: stub (edge filters), lpips or none",
                           choices=("stub", "lpips", "none"))
-    lpips_weights: str = arg("", "--perceptual lpips: path of its v0.1 vgg.pth, or download")
-    vgg_weights: str = arg("", "--perceptual lpips: path of torchvision's vgg16-397923af.pth, or download")
-    align: str = arg("ema", "teacher of the class token: ema (self-distillation), label, dinov2, none",
-                     choices=("ema", "label", "dinov2", "none"))
-    align_dim: int = arg(256, "outputs of the alignment head; label sets it to the class count, dinov2 to 768",
-                         low=2, high=1000000)
-    teacher_weights: str = arg("", "--align and --init dinov2: path of dinov2_vitb14_pretrain.pth, or download")
-    teacher_size: int = arg(224, "--align dinov2: side of what it sees in pixels, a multiple of 14", low=14, high=8192)
-    init: str = arg("random", "encoder transformer: random, or dinov2 by weight selection", choices=("random", "dinov2"))
-    w_rec: float = arg(10.0, "weight of L2 reconstruction", low=0.0)
-    w_perceptual: float = arg(1.0, "weight of the perceptual loss", low=0.0)
-    w_disc: float = arg(0.1, "weight of the adversarial loss, times the adaptive weight", low=0.0)
-    w_lecam: float = arg(0.01, "weight of LeCam regularisation of the discriminator", low=0.0)
-    w_commit: float = arg(0.25, "weight of the commitment loss", low=0.0)
-    w_entropy: float = arg(0.015, "weight of the LFQ entropy loss", low=0.0)
-    w_recovery: float = arg(0.01, "weight of source recovery", low=0.0)
-    w_align: float = arg(0.1, "weight of global alignment", low=0.0)
-    disc_start: int = arg(4000, "step at which the discriminator starts; tiny: after its default run", low=0)
-    disc_ramp: int = arg(1000, "steps over which the adversarial weight rises to --w-disc", low=0)
-    disc_base: int = arg(16, "discriminator width", low=1, high=8192)
-    disc_layers: int = arg(2, "strided layers of the PatchGAN", low=1, high=10)
+    lpips_weights: str = arg("", help="path of LPIPS v0.1 vgg.pth, or download")
+    vgg_weights: str = arg("", help="path of torchvision's vgg16-397923af.pth, or download")
+    align: str = arg("ema", help="teacher of the class token: ema (self-distillation), label, "
+                     "dinov2 or none", choices=("ema", "label", "dinov2", "none"))
+    align_dim: int = arg(   256,    4096, 4096, 4096, help="alignment head's outputs", low=2)
+    teacher_weights: str = arg("", help="path of dinov2_vitb14_pretrain.pth, or download")
+    init: str = arg("random", help="encoder transformer: random, or dinov2 (weight selection)",
+                    choices=("random", "dinov2"))
     # optimisation
-    batch_size: int = arg(8, "images an optimizer step, over all ranks and micro-batches", low=1, high=1000000)
-    max_steps: int = arg(2500, "optimizer steps; 0: as many as --epochs makes", low=0)
-    epochs: int = arg(2, "passes over the data, when --max-steps is 0", low=1)
-    lr: float = arg(2e-3, "peak learning rate", low=0.0)
-    lr_schedule: str = arg("cosine", "after warm-up: step (x0.1 at 80 and 95 %%), cosine (to 1 %%), constant",
-                           choices=("step", "cosine", "constant"))
-    warmup: int = arg(50, "linear warm-up steps", low=0)
-    eval_every: int = arg(1250, "steps between evaluations with pictures", low=1)
-    save_every: int = arg(500, "steps between checkpoints", low=1)
-    beta1: float = arg(0.9, "AdamW beta 1", low=0.0, high=0.9999)
-    beta2: float = arg(0.95, "AdamW beta 2", low=0.0, high=0.99999)
-    clip: float = arg(5.0, "gradient norm is clipped to this", low=1e-9)
-    ema: float = arg(0.999, "decay of the weight average that every later stage uses", low=0.0, high=1.0)
-    grad_ckpt: bool = arg(False, "recompute activations in the backward pass: less memory, about a third slower")
+    batch_size: int = arg(  8,      256,  256,  256)
+    max_steps: int = arg(   2500,   0,    0,    0)
+    epochs: int = arg(      1,      270,  270,  300)
+    lr: float = arg(        2e-3,   1e-4, 1e-4, 1e-4)
+    lr_schedule: str = arg( "cosine", "step", "step", "cosine")
+    warmup: int = arg(      50,     1000, 1000, 1000)
+    beta1: float = arg(     0.9,    0.5,  0.5,  0.5, help="AdamW beta 1", low=0, high=0.9999)
+    beta2: float = arg(     0.95,   0.9,  0.9,  0.9, help="AdamW beta 2", low=0, high=0.99999)
+    clip: float = arg(      5.0)
+    eval_every: int = arg(  1250,   5000, 5000, 5000)
+    save_every: int = arg(  500,    5000, 5000, 5000)
+    grad_ckpt: bool = arg(False, help="recompute activations in the backward pass: less memory")
 
     @property
     def factor(self):  # the downsampling ratio f
         return self.patch or 2 ** (len(self.mult) - 1)
 
     @property
-    def grid(self):  # the side of the token grid
-        return self.size // self.factor
+    def length(self):  # L
+        return (self.size // self.factor) ** 2
 
     @property
-    def length(self):  # L
-        return self.grid ** 2
+    def groups(self):  # of every GroupNorm
+        return min(32, max(1, self.base // 2))
 
+# encoder + decoder parameters: tiny 0.5 + 1.0M, g 62 + 83M, gr 63 + 83M, r 86 + 83M
+VARIANTS = presets(TokenizerConfig, ("tiny", "g", "gr", "r"))
 
-PAPER = dict(data="data/imagenet", size=256, base=64, res_blocks=4, norm_groups=32, width=512, depth=12, heads=8,
-             dec_width=512, dec_depth=12, dec_heads=8, layer_scale=1e-5, bits=18, recovery_width=384, recovery_heads=8,
-             w_rec=1.0, w_perceptual=0.7, w_disc=0.8, w_recovery=0.5, align_dim=4096,
-             disc_start=20_000, disc_ramp=5_000, disc_base=64, disc_layers=3, w_entropy=0.1, batch_size=256, max_steps=0,
-             epochs=270, lr=1e-4, lr_schedule="step", warmup=1000, beta1=0.5, beta2=0.9, eval_every=5000, save_every=5000)
-
-VARIANTS = {  # encoder + decoder parameters, without recovery and heads
-    "tiny": {},                                                                                        # 0.5 + 1.0M
-    "g": dict(PAPER, variant="g", mult=(1, 2, 4, 8), keep=256, keeps=tuple(s * s for s in range(15, 24))),   # 62 + 83M
-    "gr": dict(PAPER, variant="gr", mult=(1, 1, 2, 4, 8), keep=144, keeps=tuple(s * s for s in range(11, 17)),
-               keep_sampling="gaussian", w_align=1.0),                                       # 63 + 83M
-    "r": dict(PAPER, variant="r", mult=(1, 1, 2, 4, 8), patch=16, width=768, heads=12, keep=36,
-              keeps=tuple(s * s for s in range(7, 13)) + (36,), w_recovery=1.0, w_align=1.0, epochs=300,
-              lr_schedule="cosine"),                                                         # 86 + 83M
-}
-
-
-def check_config(config):
-    """Combinations that cannot work, each with its remedy. Raises UserError."""
-    c = config
-    if c.size % c.factor or c.size % 2 ** (len(c.mult) - 1):
-        raise UserError(f"--size {c.size} is not divisible by the downsampling ratio {c.factor}; pass a multiple of it")
-    if c.patch and c.patch != 2 ** (len(c.mult) - 1):
-        raise UserError(f"--patch {c.patch} does not fit the decoder's {len(c.mult)} stages; pass --patch "
-                        f"{2 ** (len(c.mult) - 1)}")
-    for k in (c.keep, *c.keeps):
-        if k > c.length:
-            raise UserError(f"--keep {k} is more than the L = {c.length} tokens of a {c.size} px image; pass at most {c.length}")
-        merge_schedule(c.length, k, c.depth)
-    for width, heads, names in ((c.width, c.heads, "--width/--heads"), (c.dec_width, c.dec_heads, "--dec-width/--dec-heads"),
-                                (c.recovery_width, c.recovery_heads, "--recovery-width/--recovery-heads")):
-        if width % heads:
-            raise UserError(f"{names}: {width} is not divisible by {heads}; pass a number of heads that divides the width")
-    if not c.patch and c.base * c.mult[-1] != c.width or c.base * c.mult[-1] != c.dec_width:
-        raise UserError(f"--base {c.base} times the last --mult {c.mult[-1]} must equal --width and --dec-width ({c.width}, "
-                        f"{c.dec_width}); pass --width {c.base * c.mult[-1]} --dec-width {c.base * c.mult[-1]}")
-    if c.align == "dinov2" and c.teacher_size % DINOV2["patch"]:
-        raise UserError(f"--teacher-size {c.teacher_size} is not a multiple of the patch, {DINOV2['patch']}; pass one that is")
-    if c.init == "dinov2":
-        head = DINOV2["width"] // DINOV2["heads"]
-        for name, value, most in (("--width", c.width, DINOV2["width"]), ("--depth", c.depth, DINOV2["depth"]),
-                                  ("--heads", c.heads, DINOV2["heads"]), ("--width / --heads", c.width // c.heads, head)):
-            if value > most:
-                raise UserError(f"{name} {value} is more than DINOv2's {most}: --init dinov2 selects from a larger network; "
-                                f"pass at most {most}, or --init random")
-    if any(c.base * m % c.norm_groups for m in c.mult):
-        raise UserError(f"--norm-groups {c.norm_groups} does not divide every CNN width {[c.base * m for m in c.mult]}; pass "
-                        f"{math.gcd(*(c.base * m for m in c.mult))} or a divisor of it")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Token merging (ToMe, arXiv 2210.09461). Pure functions; the map from old to new tokens is a value that is returned.
+# -----------------------------------------------------------------------------
+# Token merging (ToMe, arXiv 2210.09461). Pure functions: the map from old to new tokens is a
+# value that is returned.
 
 def merge_schedule(full, keep, depth):
-    """How many tokens each block merges: r_i ~ (depth - i)^2, each at most half of what is left, summing to full - keep.
+    """How many tokens each block merges: r_i ~ (depth - i)^2, summing to full - keep.
 
-    Square decreasing (paper A.1). What a block cannot take is carried to the next. Raises UserError when depth halvings
-    cannot reach keep.
+    Square decreasing (paper A.1). At most half of the tokens can merge in one block; the rest is
+    carried to the next. Raises UserError when `depth` halvings cannot reach `keep`.
     """
-    squares = [(depth - i) ** 2 for i in range(depth)]
+    weights = [(depth - i) ** 2 for i in range(depth)]
     schedule, merged = [], 0
     for i in range(depth):
-        aim = round((full - keep) * sum(squares[:i + 1]) / sum(squares))
-        schedule.append(min(aim - merged, (full - merged) // 2))
-        merged += schedule[-1]
-    if keep > full or keep < 1 or merged != full - keep:
+        aim = round((full - keep) * sum(weights[:i + 1]) / sum(weights))
+        r = min(aim - merged, (full - merged) // 2)
+        schedule.append(r)
+        merged += r
+    if not 1 <= keep <= full or merged != full - keep:
         raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}: pass --keep from "
                         f"{math.ceil(full / 2 ** depth)} to {full}")
     return schedule
 
-
 @torch.no_grad()
 def match_tokens(metric, r, protected=1):
-    """Bipartite soft matching (2210.09461 section 3): merge the r most similar pairs of an even and an odd token.
+    """Bipartite soft matching (2210.09461 section 3): the r most similar pairs of an even and
+    an odd token merge.
 
-    metric (B,N,C): attention keys, averaged over heads. The first `protected` tokens neither merge nor are merged into.
-    Returns new_index (B,N) int64: where each token goes among the N - r that remain; order is kept.
+    metric (B,N,C): attention keys, averaged over heads. The first `protected` tokens neither
+    merge nor are merged into. Returns new_index (B,N) int64: the place of each old token among
+    the N - r new ones, whose order is kept.
     """
     B, N, _ = metric.shape
-    most = (N + 1) // 2 - (protected + 1) // 2
-    assert 0 <= r <= most, f"r = {r} pairs of {N} tokens, {protected} protected: at most {most} can merge"
-    metric = F.normalize(metric.float(), dim=-1)
-    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)              # (B,Na,Nb): A even, B odd
-    similarity[:, :(protected + 1) // 2] = -math.inf
-    similarity[:, :, :protected // 2] = -math.inf
-    score, partner = similarity.max(dim=-1)                                    # (B,Na): best b for each a
-    merged = score.argsort(dim=1, descending=True, stable=True)[:, :r]         # (B,r): which a merge
-    remains = torch.ones(B, N, dtype=torch.bool, device=metric.device).scatter_(1, 2 * merged, False)
-    new_index = remains.cumsum(1) - 1
-    into = new_index.gather(1, 2 * partner + 1)                                # every b remains
-    new_index[:, ::2] = torch.where(remains[:, ::2], new_index[:, ::2], into)
+    even_protected, odd_protected = (protected + 1) // 2, protected // 2
+    most = (N + 1) // 2 - even_protected
+    assert 0 <= r <= most, f"r = {r} of {N} tokens, {protected} protected: at most {most}"
+    # Many scores are nearly equal. In bfloat16 half of the best ones would tie
+    with torch.autocast(metric.device.type, enabled=False):
+        metric = F.normalize(metric.float(), dim=-1)
+        similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)        # (B,Na,Nb)
+    similarity[:, :even_protected] = -math.inf
+    similarity[:, :, :odd_protected] = -math.inf
+    score, partner = similarity.max(dim=-1)                                  # (B,Na)
+    merging = score.argsort(dim=1, descending=True, stable=True)[:, :r]      # (B,r)
+    remains = torch.ones(B, N, dtype=torch.bool, device=metric.device)
+    remains.scatter_(1, 2 * merging, False)
+    new_index = remains.cumsum(1) - 1                                        # (B,N)
+    # an even token that merges takes the place of its odd partner, which always remains
+    place_of_partner = new_index.gather(1, 2 * partner + 1)
+    new_index[:, ::2] = torch.where(remains[:, ::2], new_index[:, ::2], place_of_partner)
     return new_index
 
+def merge_tokens(x, size, new_index, r=None):
+    """Size-weighted means of the tokens that share a new index.
 
-def merge_tokens(x, size, new_index):
-    """Size-weighted means of the tokens that share a new index. x (B,N,C), size (B,N) float -> (B,M,C), (B,M)."""
+    x (B,N,C), size (B,N) float -> (B,N-r,C), (B,N-r). r None: read from new_index, for which
+    a GPU has to be waited for.
+    """
     B, N, C = x.shape
-    M = int(new_index[0].max()) + 1
-    slot = (new_index + M * torch.arange(B, device=x.device)[:, None]).flatten()           # (B*N)
-    total = torch.zeros(B * M, C, device=x.device).index_add(0, slot, (x * size[..., None]).flatten(0, 1).float())
-    new_size = torch.zeros(B * M, device=x.device).index_add(0, slot, size.flatten())
-    return (total / new_size[:, None]).to(x.dtype).view(B, M, C), new_size.view(B, M)
+    M = int(new_index.max()) + 1 if r is None else N - r
+    total = torch.zeros(B, M, C, device=x.device)
+    weighted = (x * size[..., None]).float()
+    total = total.scatter_add(1, new_index[..., None].expand(-1, -1, C), weighted)
+    new_size = torch.zeros(B, M, device=x.device).scatter_add(1, new_index, size)
+    return (total / new_size[..., None]).to(x.dtype), new_size
 
-
-def first_positions(source):
-    """(B,L) source -> (B,K) first raster position of each token, in the tokens' own numbering."""
+@torch.no_grad()
+def first_position_of_token(source, keep=None):
+    """(B,L) source -> (B,K) first raster position of each token. keep: K, if it is known."""
     B, L = source.shape
+    keep = int(source.max()) + 1 if keep is None else keep
     position = torch.arange(L, device=source.device).expand(B, L)
-    first = torch.full((B, int(source.max()) + 1), L, device=source.device)
+    first = torch.full((B, keep), L, device=source.device)
     return first.scatter_reduce(1, source, position, "amin")
 
-
-def canonical_source(source):
-    """Relabel (B,L) source so that tokens are numbered by the raster order of their first position."""
-    rank = first_positions(source).argsort(dim=1).argsort(dim=1)                           # (B,K): old label -> new
-    return rank.gather(1, source)
-
+@torch.no_grad()
+def canonical_source(source, keep=None):
+    """Relabel (B,L) source so that tokens are numbered by the raster order of their first
+    positions. So the K-sequence has a meaning, and K = L gives the identity."""
+    first = first_position_of_token(source, keep)                            # (B,K)
+    new_label = first.argsort(dim=1).argsort(dim=1)                          # (B,K)
+    return new_label.gather(1, source)
 
 def unmerge(x, source):
     """Give every position its token (paper Eq. 11): x (B,K,C), source (B,L) -> (B,L,C)."""
     return x.gather(1, source[..., None].expand(-1, -1, x.shape[-1]))
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Lookup-free quantisation (LFQ, MAGVIT-v2 2310.05737). Its codebook is {-1,+1}^d and is never built.
+# -----------------------------------------------------------------------------
+# Lookup-free quantisation (LFQ, MAGVIT-v2 2310.05737). Its codebook {-1,+1}^d is never built.
 
 def codes_to_bits(codes, d):
     """int64 codes (...) -> (...,d) in {-1,+1}; bit j is worth 2^j."""
-    return (codes[..., None] >> torch.arange(d, device=codes.device) & 1).float() * 2 - 1
-
+    place = torch.arange(d, device=codes.device)
+    return (codes[..., None] >> place & 1).float() * 2 - 1
 
 def bits_to_codes(bits):
-    """(...,d) numbers -> int64 codes (...): sum of 2^j where bit j is positive."""
-    return ((bits > 0).long() << torch.arange(bits.shape[-1], device=bits.device)).sum(-1)
-
+    """(...,d) numbers -> int64 codes (...): sum of 2^j over the positive ones."""
+    place = torch.arange(bits.shape[-1], device=bits.device)
+    return ((bits > 0).long() << place).sum(-1)
 
 def quantise(z):
-    """sign(z) with the straight-through gradient: forward q in {-1,+1}, backward the identity."""
-    q = torch.where(z > 0, 1.0, -1.0)
+    """sign(z) in {-1,+1} with the straight-through gradient: the backward pass is the identity."""
+    q = (z > 0).to(z.dtype) * 2 - 1
     return z + (q - z).detach()
 
-
 def lfq_entropy(z, tau=1.0):
-    """Exact entropies of the soft assignment p(c|z) = softmax over all 2^d codes of 2 z.c / tau, in nats.
+    """Exact entropies of the soft assignment p(c|z) = softmax_c(2 z.c / tau) over all 2^d codes.
 
-    z (...,d) -> (per_sample, codebook), both 0-d: mean_n H(p(.|z_n)) and H(mean_n p(.|z_n)); the mean is over all ranks.
-    Given z the bits are independent with p(bit_j = 1) = sigmoid(4 z_j / tau). So the first is a sum of d binary
-    entropies, and the mean distribution is one matmul of two (N, 2^(d/2)) tables: exact, without the (N, 2^d) matrix.
+    z (...,d) -> (per_sample, codebook), 0-d, nats: mean_n H(p(.|z_n)) and H(mean_n p(.|z_n)),
+    both means over all ranks. Given z the bits are independent, with p(bit_j = 1) =
+    sigmoid(4 z_j / tau). So the first is a sum of d binary entropies. The mean distribution is
+    one matmul of two (N, 2^(d/2)) tables. Nothing is approximated.
     """
     d = z.shape[-1]
-    logit = 4 * z.reshape(-1, d).to(torch.promote_types(z.dtype, torch.float32)) / tau     # (N,d)
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    logit = 4 * z.reshape(-1, d) / tau                                       # (N,d)
     p1, p0 = logit.sigmoid(), (-logit).sigmoid()
+    # log-sigmoid stays finite where a sigmoid is 0
     per_sample = -(p1 * F.logsigmoid(logit) + p0 * F.logsigmoid(-logit)).sum(-1).mean()
 
-    def table(bits):  # (N, 2^len(bits)): probability of every combination of these bits
+    def table(first, last):  # (N, 2^(last-first)): probability of each combination of bits
         p = torch.ones_like(logit[:, :1])
-        for j in bits:
+        for j in range(first, last):
             p = torch.cat([p * p0[:, j:j + 1], p * p1[:, j:j + 1]], dim=1)
         return p
 
-    low, high = table(range(d // 2)), table(range(d // 2, d))
-    mean = mean_over_ranks(high.T @ low / len(logit))                                      # (2^(d-d/2), 2^(d/2))
+    low, high = table(0, d // 2), table(d // 2, d)
+    mean = mean_over_ranks(high.T @ low / len(logit))                        # all 2^d codes
     codebook = -(mean * mean.clamp_min(1e-30).log()).sum()
     return mean_over_ranks(per_sample), codebook
 
-
 class BitNorm(nn.Module):
-    """Batch normalisation of each bit, without affine: zero mean keeps every bit balanced, so codes cannot collapse.
+    """Batch normalisation of each bit, without affine. With zero mean every bit stays balanced,
+    so the codes cannot collapse to a few. Not in the paper; --no-bit-norm turns it off.
 
-    Statistics are those of the global batch (all ranks) in training, running ones in evaluation. Design decision, not
-    in the paper; --no-bit-norm turns it off.
+    In training the statistics are those of the batch over all ranks, and they are returned; the
+    training loop averages them into `stats`, which evaluation uses.
     """
-    def __init__(self, d, momentum=0.1):
+
+    def __init__(self, d):
         super().__init__()
-        self.momentum = momentum
-        self.register_buffer("mean", torch.zeros(d))
-        self.register_buffer("var", torch.ones(d))
+        self.register_buffer("stats", torch.stack([torch.zeros(d), torch.ones(d)]))
 
-    def forward(self, z):  # (B,K,d)
-        if not self.training:
-            return (z - self.mean) * (self.var + 1e-5).rsqrt()
-        mean, square = mean_over_ranks(torch.stack([z.mean((0, 1)), z.square().mean((0, 1))]))
-        var = (square - mean.square()).clamp_min(0)
-        with torch.no_grad():
-            self.mean.lerp_(mean, self.momentum)
-            self.var.lerp_(var, self.momentum)
-        return (z - mean) * (var + 1e-5).rsqrt()
+    def forward(self, z):
+        """z (B,K,d) -> normalised (B,K,d), mean and variance (2,d)."""
+        mean, var = self.stats
+        if self.training:
+            moments = torch.stack([z.mean((0, 1)), z.square().mean((0, 1))])
+            mean, square = mean_over_ranks(moments)
+            var = (square - mean.square()).clamp_min(0)
+        return (z - mean) * (var + 1e-5).rsqrt(), torch.stack([mean, var]).detach()
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Networks, in the order an image meets them.
-
-class ResBlock(nn.Module):
-    """GroupNorm - SiLU - conv 3x3, twice, plus the input (through a 1x1 conv where the width changes)."""
-    def __init__(self, c_in, c_out, groups):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
-
+# -----------------------------------------------------------------------------
+# Networks, in the order in which an image meets them.
 
 def run_block(block, grad_ckpt, *inputs):
-    """Call a block, recomputing it in the backward pass when --grad-ckpt is on."""
+    """Call a block; with --grad-ckpt its activations are recomputed in the backward pass."""
     if grad_ckpt and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
+class ResBlock(nn.Module):
+    """Twice GroupNorm, SiLU, 3x3 conv; plus the input."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
 
 class CNN(nn.Module):
-    """(B,3,H,W) -> (B,D,H/f,W/f): stages of residual blocks, a strided conv between them (MAGVIT-v2's encoder)."""
+    """(B,3,H,W) -> (B,D,H/f,W/f): stages of residual blocks, a strided conv between them."""
+
     def __init__(self, config):
         super().__init__()
         self.grad_ckpt = config.grad_ckpt
-        widths = [config.base * m for m in config.mult]
-        blocks, c = [nn.Conv2d(3, widths[0], 3, padding=1)], widths[0]
-        for i, w in enumerate(widths):
+        c = config.base * config.mult[0]
+        blocks = [nn.Conv2d(3, c, 3, padding=1)]
+        for i, m in enumerate(config.mult):
             if i > 0:
                 blocks.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
             for _ in range(config.res_blocks):
-                blocks.append(ResBlock(c, w, config.norm_groups))
-                c = w
+                blocks.append(ResBlock(c, config.base * m, config.groups))
+                c = config.base * m
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x):
@@ -852,245 +334,285 @@ class CNN(nn.Module):
             x = run_block(block, self.grad_ckpt, x)
         return x
 
-
 class Attention(nn.Module):
-    """Multi-head self-attention. With log_size it is proportional: softmax(QK^T / sqrt(d_h) + log s) (2210.09461)."""
+    """Multi-head attention of x to itself or to a context. With log_size it is proportional:
+    softmax(QK^T / sqrt(d_h) + log s), s the number of patches of a token (2210.09461).
+
+    Keys have no bias: it would add the same number to all scores of a query.
+    """
+
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.to_q = nn.Linear(width, width)
+        self.to_k = nn.Linear(width, width, bias=False)
+        self.to_v = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width)
 
-    def forward(self, x, log_size=None):
-        B, N, D = x.shape
-        q, k, v = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)    # (B,h,N,D/h) each
-        bias = None if log_size is None else log_size[:, None, None].to(q.dtype)                   # (B,1,1,N)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(out.transpose(1, 2).reshape(B, N, D)), k.mean(1)                          # keys: (B,N,D/h)
+    def forward(self, x, context=None, log_size=None):
+        """x (B,N,D), context (B,M,D), log_size (B,M) -> (B,N,D), keys averaged over heads
+        (B,M,D/h)."""
+        context = x if context is None else context
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B,h,N,D/h)
+        k = self.to_k(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        v = self.to_v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        bias = None if log_size is None else log_size[:, None, None].to(q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)        # (B,h,N,D/h)
+        return self.proj(out.transpose(1, 2).flatten(2)), k.float().mean(1)
 
+class MLP(nn.Module):
+    """Two layers. With `mix` a 3x3 depthwise conv between them (MixFFN, 2105.15203)."""
 
-class MixFFN(nn.Module):
-    """MLP with an optional 3x3 depthwise conv between its layers (MixFFN, 2105.15203), which the decoder has."""
-    def __init__(self, width, mix):
+    def __init__(self, width, mix=False):
         super().__init__()
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.mix = nn.Conv2d(4 * width, 4 * width, 3, padding=1, groups=4 * width) if mix else None
+        C = 4 * width
+        self.up = nn.Linear(width, C)
+        self.mix = nn.Conv2d(C, C, 3, padding=1, groups=C) if mix else None
+        self.down = nn.Linear(C, width)
 
     def forward(self, x):
-        x = self.up(x)
+        x = self.up(x)                                                       # (B,N,4D)
         if self.mix is not None:
-            B, N, C = x.shape
-            side = math.isqrt(N)
-            image = x.transpose(1, 2).view(B, C, side, side)
-            x = x + self.mix(image).flatten(2).transpose(1, 2)
+            side = math.isqrt(x.shape[1])
+            grid = x.transpose(1, 2).unflatten(2, (side, side))              # (B,4D,h,w)
+            x = x + self.mix(grid).flatten(2).transpose(1, 2)
         return self.down(F.gelu(x))
 
-
 class Block(nn.Module):
-    """Pre-norm transformer block with LayerScale. Merges r pairs of tokens between attention and MLP (paper Eq. 7)."""
+    """Pre-norm transformer block with LayerScale. Between attention and MLP, r pairs of tokens
+    merge (paper Eq. 7)."""
+
     def __init__(self, width, heads, mix=False):
         super().__init__()
-        self.norm1, self.attn, self.scale1 = nn.LayerNorm(width), Attention(width, heads), nn.Parameter(torch.empty(width))
-        self.norm2, self.mlp, self.scale2 = nn.LayerNorm(width), MixFFN(width, mix), nn.Parameter(torch.empty(width))
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.scale1 = nn.Parameter(torch.empty(width))
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, mix)
+        self.scale2 = nn.Parameter(torch.empty(width))
 
     def forward(self, x, size=None, r=0):
-        """x (B,N,D), size (B,N) or None while nothing has merged -> x (B,N-r,D), size, new_index (B,N) or None."""
-        h, keys = self.attn(self.norm1(x), None if size is None else size.log())
-        x, new_index = x + self.scale1 * h, None
+        """x (B,N,D), size (B,N) or None while nothing has merged
+        -> x (B,N-r,D), size, new_index (B,N) or None."""
+        log_size = None if size is None else size.log()
+        h, keys = self.attn(self.norm1(x), log_size=log_size)
+        x = x + self.scale1 * h
+        new_index = None
         if r > 0:
             new_index = match_tokens(keys, r)
-            size = torch.ones(x.shape[:2], device=x.device) if size is None else size
-            x, size = merge_tokens(x, size, new_index)
+            if size is None:
+                size = torch.ones(x.shape[:2], device=x.device)
+            x, size = merge_tokens(x, size, new_index, r)                    # (B,N-r,D)
         return x + self.scale2 * self.mlp(self.norm2(x)), size, new_index
 
-
 class Encoder(nn.Module):
-    """Image -> K merged tokens of d real numbers (before BitNorm), source, class token.
+    """Image -> K merged tokens, source, class token.
 
-    The hybrid encoders have no position table: the CNN's padding tells position (design.md section 3).
+    The hybrid encoders (G, G+R) have no position table: the CNN's padding tells position.
     """
+
     def __init__(self, config):
         super().__init__()
-        self.grad_ckpt, D = config.grad_ckpt, config.width
-        self.stem = nn.Conv2d(3, D, config.patch, stride=config.patch) if config.patch else CNN(config)
-        self.position = nn.Parameter(torch.empty(1, D, config.grid, config.grid)) if config.patch else None
+        D, patch, side = config.width, config.patch, config.size // config.factor
+        self.grad_ckpt = config.grad_ckpt
+        self.stem = nn.Conv2d(3, D, patch, stride=patch) if patch else CNN(config)
+        self.position = nn.Parameter(torch.empty(1, D, side, side)) if patch else None
         self.cls = nn.Parameter(torch.empty(1, 1, D))
         self.blocks = nn.ModuleList(Block(D, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(D)
-        self.to_bits = nn.Linear(D, config.bits)
+        # BitNorm takes the mean of each bit away, and with it a bias
+        self.to_bits = nn.Linear(D, config.bits, bias=not config.bit_norm)
 
     def forward(self, images, keep):
-        """images (B,3,H,W) -> bits before normalisation (B,K,d), source (B,L), cls (B,D), tokens (B,K,D)."""
-        x = self.stem(images)                                                              # (B,D,H/f,W/f)
+        """images (B,3,H,W) -> bits before BitNorm (B,K,d), source (B,L), class token (B,D),
+        merged tokens (B,K,D)."""
+        x = self.stem(images)                                                # (B,D,H/f,W/f)
         if self.position is not None:
             x = x + F.interpolate(self.position, x.shape[2:], mode="bicubic", antialias=True)
-        x = x.flatten(2).transpose(1, 2)                                                   # (B,L,D)
+        x = x.flatten(2).transpose(1, 2)                                     # (B,L,D)
         B, L, _ = x.shape
-        x = torch.cat([self.cls.expand(B, -1, -1).to(x.dtype), x], dim=1)                  # (B,1+L,D)
-        size, source = None, torch.arange(1, L + 1, device=x.device).expand(B, L)
+        x = torch.cat([self.cls.expand(B, -1, -1).to(x.dtype), x], dim=1)    # (B,1+L,D)
+        size = None
+        source = torch.arange(1, L + 1, device=x.device).expand(B, L)        # 0: class token
         for block, r in zip(self.blocks, merge_schedule(L, keep, len(self.blocks))):
-            x, size, new_index = run_block(block, self.grad_ckpt, x, size, r)              # (B,1+N-r,D)
-            if new_index is not None:
+            x, size, new_index = run_block(block, self.grad_ckpt, x, size, r)
+            if new_index is not None:  # the map so far, then this block's
                 source = new_index.gather(1, source)
-        source, tokens = source - 1, self.norm(x)                                          # the class token was 0
-        ordered = canonical_source(source)
-        old_label = torch.zeros(B, keep, dtype=torch.long, device=x.device).scatter_(1, ordered, source)
-        cls, tokens = tokens[:, 0], unmerge(tokens[:, 1:], old_label)                      # (B,D), (B,K,D)
-        return self.to_bits(tokens), ordered, cls, tokens
-
+        source, x = source - 1, self.norm(x)                                 # (B,1+K,D)
+        ordered = canonical_source(source, keep)
+        old_label = torch.zeros(B, keep, dtype=torch.long, device=x.device)
+        old_label.scatter_(1, ordered, source)
+        tokens = unmerge(x[:, 1:], old_label)                                # (B,K,D)
+        return self.to_bits(tokens), ordered, x[:, 0], tokens
 
 class AdaptiveNorm(nn.Module):
-    """GroupNorm whose scale and shift come from the std and mean of the code map over the image (Open-MAGVIT2)."""
+    """GroupNorm whose scale and shift come from std and mean of the code map over the image
+    (Open-MAGVIT2, 2409.04410)."""
+
     def __init__(self, d, c, groups):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, affine=False)
-        self.scale, self.shift = nn.Linear(d, c), nn.Linear(d, c)
+        self.scale = nn.Linear(d, c)
+        self.shift = nn.Linear(d, c)
 
     def forward(self, x, code_map):
-        scale = self.scale(code_map.var((2, 3)).add(1e-6).sqrt())[..., None, None]
-        return self.norm(x) * scale + self.shift(code_map.mean((2, 3)))[..., None, None]
-
-
-class Upsample(nn.Module):
-    """Twice the resolution: a convolution to four times the channels, then depth to space."""
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, 4 * c, 3, padding=1)
-
-    def forward(self, x):  # (B,C,h,w) -> (B,C,2h,2w)
-        return F.pixel_shuffle(self.conv(x), 2)
-
+        std = (code_map.var((2, 3)) + 1e-6).sqrt()                           # (B,d)
+        scale = self.scale(std)[..., None, None]
+        shift = self.shift(code_map.mean((2, 3)))[..., None, None]
+        return self.norm(x) * scale + shift
 
 class Decoder(nn.Module):
-    """(B,L,d) bits at every position -> (B,3,H,W). Mirror of the encoder: transformer with MixFFN, then CNN."""
+    """Bits at every position (B,L,d) -> image (B,3,H,W). The encoder's mirror: a transformer
+    with MixFFN that merges nothing, then a CNN."""
+
     def __init__(self, config):
         super().__init__()
-        self.grad_ckpt, groups = config.grad_ckpt, config.norm_groups
-        widths = [config.base * m for m in config.mult]
+        self.grad_ckpt = config.grad_ckpt
         c = config.dec_width
         self.conv_in = nn.Conv2d(config.bits, c, 3, padding=1)
         self.position = nn.Conv2d(c, c, 3, padding=1, groups=c)
-        self.blocks = nn.ModuleList(Block(c, config.dec_heads, mix=True) for _ in range(config.dec_depth))
+        blocks = [Block(c, config.dec_heads, mix=True) for _ in range(config.dec_depth)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(c)
-        self.adaptive, self.stages = nn.ModuleList(), nn.ModuleList()
-        for i in reversed(range(len(widths))):
-            self.adaptive.append(AdaptiveNorm(config.bits, c, groups))
-            stage = []
+        self.adaptive = nn.ModuleList()
+        self.stages = nn.ModuleList()
+        for i in reversed(range(len(config.mult))):
+            self.adaptive.append(AdaptiveNorm(config.bits, c, config.groups))
+            stage = nn.ModuleList()
             for _ in range(config.res_blocks + (i > 0)):
-                stage.append(ResBlock(c, widths[i], groups))
-                c = widths[i]
-            if i > 0:
-                stage.append(Upsample(c))
-            self.stages.append(nn.ModuleList(stage))
-        self.norm_out, self.conv_out = nn.GroupNorm(groups, c), nn.Conv2d(c, 3, 3, padding=1)
+                stage.append(ResBlock(c, config.base * config.mult[i], config.groups))
+                c = config.base * config.mult[i]
+            if i > 0:  # twice the resolution: four times the channels, then depth to space
+                conv = nn.Conv2d(c, 4 * c, 3, padding=1)
+                stage.append(nn.Sequential(conv, nn.PixelShuffle(2)))
+            self.stages.append(stage)
+        self.norm_out = nn.GroupNorm(config.groups, c)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, bits):
-        B, L, d = bits.shape
-        side = math.isqrt(L)
-        code_map = bits.transpose(1, 2).reshape(B, d, side, side)                          # (B,d,h,w)
-        x = self.conv_in(code_map)
-        x = (x + self.position(x)).flatten(2).transpose(1, 2)                              # (B,L,D)
+        side = math.isqrt(bits.shape[1])
+        code_map = bits.transpose(1, 2).unflatten(2, (side, side))           # (B,d,h,w)
+        x = self.conv_in(code_map)                                           # (B,D,h,w)
+        x = (x + self.position(x)).flatten(2).transpose(1, 2)                # (B,L,D)
         for block in self.blocks:
             x, _, _ = run_block(block, self.grad_ckpt, x)
-        x = self.norm(x).transpose(1, 2).reshape(B, -1, side, side)                        # (B,D,h,w)
+        x = self.norm(x).transpose(1, 2).unflatten(2, (side, side))          # (B,D,h,w)
         for adaptive, stage in zip(self.adaptive, self.stages):
             x = adaptive(x, code_map)
             for block in stage:
                 x = run_block(block, self.grad_ckpt, x)
-        return self.conv_out(F.silu(self.norm_out(x)))                                     # (B,3,H,W)
+        return self.conv_out(F.silu(self.norm_out(x)))                       # (B,3,H,W)
 
+# -----------------------------------------------------------------------------
+# Source recovery (paper Eq. 8-9, Table A2): source from the K quantised tokens.
+
+class RecoveryLayer(nn.Module):
+    """A standard pre-norm transformer decoder layer: self-attention, cross-attention, MLP."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attn = Attention(width, heads)
+        self.norm3 = nn.LayerNorm(width)
+        self.mlp = MLP(width)
+
+    def forward(self, x, tokens):
+        x = x + self.self_attn(self.norm1(x))[0]
+        x = x + self.cross_attn(self.norm2(x), tokens)[0]
+        return x + self.mlp(self.norm3(x))
 
 class SourceRecovery(nn.Module):
-    """Predicts source from the K quantised tokens alone (paper Eq. 8, Table A2).
+    """Predicts source from the K tokens and their first positions.
 
-    L learnable queries go through a standard 2-layer transformer decoder over the K tokens, then each query is
-    classified among the tokens by a dot product. Tokens carry an embedding of their rank: equal codes stay distinct. It is
-    stretched so that the first and the last rank meet the first and the last query: rank k of K is near position k L / K.
+    L learnable queries pass a 2-layer transformer decoder over the tokens. Then each query is
+    classified among the tokens by a dot product (Eq. 8). A token carries the query of its first
+    position, so equal codes stay distinct.
     """
+
     def __init__(self, config):
         super().__init__()
         D = config.recovery_width
-        self.queries = nn.Parameter(torch.empty(1, config.length, D))
-        self.rank = nn.Parameter(torch.empty(1, config.length, D))
+        self.queries = nn.Parameter(torch.empty(config.length, D))
         self.embed = nn.Linear(config.bits, D)
-        layer = nn.TransformerDecoderLayer(D, config.recovery_heads, 4 * D, dropout=0.0, activation="gelu",
-                                           batch_first=True, norm_first=True)
-        self.layers = nn.TransformerDecoder(layer, 2, norm=nn.LayerNorm(D))
-        self.keys = nn.Linear(D, D)
+        layers = [RecoveryLayer(D, config.dec_heads) for _ in range(2)]
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(D)
+        self.keys = nn.Linear(D, D, bias=False)
 
-    def forward(self, bits):
-        """bits (B,K,d) in {-1,+1} -> logits (B,L,K)."""
-        B, K, _ = bits.shape
-        rank = F.interpolate(self.rank.transpose(1, 2), K, mode="linear", align_corners=True).transpose(1, 2)   # (1,K,D)
-        tokens = self.embed(bits) + rank                                                   # (B,K,D)
-        queries = self.layers(self.queries.expand(B, -1, -1), tokens)                      # (B,L,D)
-        return queries @ self.keys(tokens).transpose(1, 2) / tokens.shape[-1] ** 0.5       # (B,L,K)
+    def forward(self, bits, first):
+        """bits (B,K,d) in {-1,+1}, first (B,K) ascending positions -> logits (B,L,K).
 
+        Tokens are numbered by first position. So position l belongs to a token with first <= l,
+        and the first position of a token belongs to it. All else is -inf.
+        """
+        B, (L, D) = len(bits), self.queries.shape
+        tokens = self.embed(bits) + self.queries[first]                      # (B,K,D)
+        x = self.queries.expand(B, -1, -1)                                   # (B,L,D)
+        for layer in self.layers:
+            x = layer(x, tokens)
+        logits = self.norm(x) @ self.keys(tokens).transpose(1, 2) / D ** 0.5     # (B,L,K)
+        position = torch.arange(L, device=first.device)[:, None]             # (L,1)
+        is_first = first[:, None] == position                                # (B,L,K)
+        owned = is_first.any(-1, keepdim=True)                               # (B,L,1)
+        possible = torch.where(owned, is_first, first[:, None] <= position)
+        return logits.float().masked_fill(~possible, -math.inf)
 
-@torch.no_grad()
-def most_likely_source(logits):
-    """Finite logits (B,L,K) of source -> the source (B,L) of largest sum of logits among those that can be.
-
-    Tokens are numbered by first position. So a position either opens the next token or belongs to one that is open, and the
-    last position has seen all K. best[k] is the largest sum so far with tokens 0 ... k open (Viterbi's recursion).
-    """
-    B, L, K = logits.shape
-    logits = logits.float()
-    open_score, open_token = logits.cummax(-1)                                 # (B,L,K): the best of tokens 0 ... k
-    best = torch.full((B, K), -torch.inf, device=logits.device)
-    best[:, 0] = logits[:, 0, 0]
-    opens = torch.zeros(B, L, K, dtype=torch.bool, device=logits.device)
-    for l in range(1, L):
-        opened, stayed = F.pad(best[:, :-1], (1, 0), value=-torch.inf) + logits[:, l], best + open_score[:, l]
-        opens[:, l] = opened > stayed
-        best = torch.maximum(opened, stayed)
-    source = torch.zeros(B, L, dtype=torch.long, device=logits.device)
-    k = torch.full((B, 1), K - 1, device=logits.device)                        # back from the end, where all are open
-    for l in range(L - 1, 0, -1):
-        opened = opens[:, l].gather(1, k)
-        source[:, l:l + 1] = torch.where(opened, k, open_token[:, l].gather(1, k))
-        k = k - opened.long()
-    return source
-
+# -----------------------------------------------------------------------------
+# The model (paper section 3).
 
 class Encoded(NamedTuple):
     codes: torch.Tensor   # (B,K) int64 in [0,2^d)
-    source: torch.Tensor  # (B,L) int64 in [0,K): the token of each position, numbered by first position
+    source: torch.Tensor  # (B,L) int64 in [0,K): the token of each position
     z: torch.Tensor       # (B,K,d) what the sign is taken of
     cls: torch.Tensor     # (B,D) class token
 
-
 class Forward(NamedTuple):
-    images: torch.Tensor    # (B,3,H,W) reconstruction
-    encoded: Encoded
-    recovery: torch.Tensor  # (B,L,K) logits of source
-    align: torch.Tensor     # (B,align_dim) logits of the class token; None without alignment
-
+    images: torch.Tensor     # (B,3,H,W) reconstruction
+    z: torch.Tensor          # (B,K,d)
+    source: torch.Tensor     # (B,L)
+    recovery: torch.Tensor   # (B,L,K) logits of source
+    align: torch.Tensor      # (B,align_dim) logits of the class token; None without alignment
+    bit_stats: torch.Tensor  # (2,d) BitNorm's statistics of this batch; None without BitNorm
 
 class MergeVQ(nn.Module):
-    """The tokenizer (paper section 3). encode and decode are pure: codes and source are all that goes between them."""
+    """The tokenizer. encode and decode are pure: codes and source are all that passes between
+    them."""
+
     def __init__(self, config):
         super().__init__()
-        check_config(config)
+        c, top = config, config.base * config.mult[-1]
+        scale = 2 ** (len(c.mult) - 1)
+        assert c.size % scale == 0, f"--size {c.size} is not a multiple of {scale}"
+        assert c.patch in (0, scale), f"--patch {c.patch}: the decoder upsamples by {scale}"
+        assert c.width % c.heads == 0, f"--width {c.width} % --heads {c.heads}"
+        for width in (c.dec_width, c.recovery_width):
+            assert width % c.dec_heads == 0, f"decoder width {width} % --dec-heads {c.dec_heads}"
+        assert c.dec_width == top, f"--dec-width {c.dec_width}, --base x last --mult {top}"
+        assert c.patch or c.width == top, f"--width {c.width}, --base x last --mult {top}"
+        for keep in (c.keep, *c.keeps):
+            merge_schedule(c.length, keep, c.depth)  # raises UserError where K is out of reach
         self.config = config
         self.encoder = Encoder(config)
-        self.bit_norm = BitNorm(config.bits) if config.bit_norm else nn.Identity()
+        self.bit_norm = BitNorm(config.bits) if config.bit_norm else None
         self.decoder = Decoder(config)
         self.recovery = SourceRecovery(config)
         D = config.width
-        self.align_head = None if config.align == "none" else nn.Sequential(
-            nn.Linear(D, D), nn.GELU(), nn.Linear(D, config.align_dim))
+        head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, config.align_dim))
+        self.align_head = None if config.align == "none" else head
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Xavier for linear layers, fan-in for convolutions; convolutional residual branches start at zero, and the four
-        pixels that a depth-to-space makes of one start equal (ICNR, 1707.02937), which avoids a checkerboard."""
+        """Xavier for linear layers, fan-in for convolutions. Residual branches of the CNNs start
+        at zero, those of the transformers at --layer-scale."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
-                nn.init.zeros_(m.bias)
             elif isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="linear")
+            if isinstance(m, (nn.Linear, nn.Conv2d)) and m.bias is not None:
                 nn.init.zeros_(m.bias)
         for m in self.modules():
             if isinstance(m, Block):
@@ -1098,63 +620,78 @@ class MergeVQ(nn.Module):
                 nn.init.constant_(m.scale2, self.config.layer_scale)
             elif isinstance(m, ResBlock):
                 nn.init.zeros_(m.conv2.weight)
-            elif isinstance(m, Upsample):
-                m.conv.weight.copy_(m.conv.weight[::4].repeat_interleave(4, dim=0))
+            elif isinstance(m, nn.Sequential) and isinstance(m[-1], nn.PixelShuffle):
+                # the four pixels made of one start equal: no checkerboard (ICNR, 1707.02937)
+                m[0].weight.copy_(m[0].weight[::4].repeat_interleave(4, dim=0))
             elif isinstance(m, AdaptiveNorm):  # starts as a plain GroupNorm
                 nn.init.zeros_(m.scale.weight)
                 nn.init.ones_(m.scale.bias)
                 nn.init.zeros_(m.shift.weight)
-            elif isinstance(m, SourceRecovery):
-                L, D = m.queries.shape[1:]
-                angle = torch.outer(torch.arange(L), L ** -torch.linspace(0, 1, (D + 1) // 2))
-                m.queries.copy_(torch.cat([angle.sin(), angle.cos()], -1)[:, :D] / 2)
-                m.rank.copy_(m.queries)
-            elif isinstance(m, Encoder):
-                nn.init.trunc_normal_(m.cls, std=0.02)
-                if m.position is not None:
-                    nn.init.trunc_normal_(m.position, std=0.02)
+        nn.init.trunc_normal_(self.encoder.cls, std=0.02)
+        if self.encoder.position is not None:
+            nn.init.trunc_normal_(self.encoder.position, std=0.02)
+        # queries start as sines and cosines of the position, from one period per step to L
+        L, D = self.recovery.queries.shape
+        frequency = L ** -torch.linspace(0, 1, (D + 1) // 2)
+        angle = torch.arange(L)[:, None] * frequency                         # (L,D/2)
+        waves = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :D]
+        self.recovery.queries.copy_(waves / 2)
+
+    def normalise(self, z):
+        """Bits before their sign (B,K,d), in float32 -> (normalised, statistics or None)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return (z.float(), None) if self.bit_norm is None else self.bit_norm(z.float())
 
     def encode(self, images, keep=None):
         """images (B,3,H,W) in [-1,1], keep K (default: the config's target) -> Encoded."""
         keep = self.config.keep if keep is None else keep
         z, source, cls, _ = self.encoder(images, keep)
-        with torch.autocast(images.device.type, enabled=False):
-            z = self.bit_norm(z.float())
+        z, _ = self.normalise(z)
         return Encoded(bits_to_codes(z), source, z, cls.float())
 
     def decode(self, codes, source):
-        """codes (B,K) int64, source (B,L) int64 -> images (B,3,H,W); nothing else is needed."""
-        return self.decoder(unmerge(codes_to_bits(codes, self.config.bits), source)).float()
+        """codes (B,K) int64, source (B,L) int64 -> images (B,3,H,W). Nothing else is needed."""
+        bits = codes_to_bits(codes, self.config.bits)                        # (B,K,d)
+        return self.decoder(unmerge(bits, source)).float()
 
-    def recover(self, codes):
-        """codes (B,K) -> source (B,L) predicted by source recovery."""
-        return most_likely_source(self.recovery(codes_to_bits(codes, self.config.bits)))
+    def recover(self, codes, first):
+        """codes (B,K), first positions of their tokens (B,K) -> source (B,L), predicted."""
+        return self.recovery(codes_to_bits(codes, self.config.bits), first).argmax(-1)
 
     def forward(self, images, keep):
-        """The training pass: gradients cross the quantiser straight through. Returns Forward."""
-        e = self.encode(images, keep)
-        q = quantise(e.z)                                                                  # (B,K,d)
-        images = self.decoder(unmerge(q, e.source)).float()
-        align = None if self.align_head is None else self.align_head(e.cls).float()
-        return Forward(images, e, self.recovery(q).float(), align)
+        """The pass that trains: gradients cross the quantiser straight through."""
+        z, source, cls, _ = self.encoder(images, keep)
+        z, bit_stats = self.normalise(z)
+        q = quantise(z)                                                      # (B,K,d)
+        out = self.decoder(unmerge(q, source)).float()                       # (B,3,H,W)
+        recovery = self.recovery(q, first_position_of_token(source, keep))   # (B,L,K)
+        align = None if self.align_head is None else self.align_head(cls).float()
+        return Forward(out, z, source, recovery, align, bit_stats)
 
+def nearest_first(first, length):
+    """Source without a network, the control of source recovery: each position takes the nearest
+    first position that is not later. first (B,K) -> (B,L)."""
+    side = math.isqrt(length)
+    position = torch.arange(length, device=first.device)[:, None]            # (L,1)
+    first = first[:, None]                                                   # (B,1,K)
+    rows, columns = position // side - first // side, position % side - first % side
+    distance = rows ** 2 + columns ** 2                                      # (B,L,K)
+    return distance.masked_fill(first > position, 2 * length).argmin(-1)
 
-def zero_rounding(model):
-    """Set gradients to 0 that are 0 but for rounding: what is added to all keys alike cancels in the softmax, what is added
-    to a bit of all tokens in BitNorm. AdamW scales any gradient to steps of full size, noise too, and keys decide what merges."""
-    for m in model.modules():
-        if isinstance(m, Attention):
-            m.qkv.bias.grad.view(3, -1)[1] = 0                                             # of query, key and value
-        elif isinstance(m, nn.MultiheadAttention):
-            m.in_proj_bias.grad.view(3, -1)[1] = 0
-        elif isinstance(m, SourceRecovery):
-            m.keys.bias.grad.zero_()
-        elif isinstance(m, MergeVQ) and m.config.bit_norm:
-            m.encoder.to_bits.bias.grad.zero_()
+def tokenizer_from_state(state, device="cpu"):
+    """{"config": dict, "ema": state dict} -> MergeVQ in eval mode, frozen."""
+    model = MergeVQ(TokenizerConfig(**state["config"]))
+    load_parts("the tokenizer", state, ema=model)
+    return model.to(device).eval().requires_grad_(False)
 
+def load_tokenizer(path, device="cpu"):
+    """Checkpoint of this script -> MergeVQ with EMA weights in eval mode. Raises UserError."""
+    return tokenizer_from_state(load_checkpoint(path, "tokenizer"), device)
 
 class Discriminator(nn.Module):
-    """PatchGAN (1611.07004): strided 4x4 convolutions, one logit a patch. GroupNorm, so that no statistic is shared."""
+    """PatchGAN (1611.07004): strided 4x4 convs, one logit per patch. GroupNorm, so that images
+    share no statistic."""
+
     def __init__(self, config):
         super().__init__()
         c = config.disc_base
@@ -1162,7 +699,9 @@ class Discriminator(nn.Module):
         for i in range(1, config.disc_layers + 1):
             w = config.disc_base * min(2 ** i, 8)
             stride = 2 if i < config.disc_layers else 1
-            layers += [nn.Conv2d(c, w, 4, stride, 1), nn.GroupNorm(config.norm_groups, w), nn.LeakyReLU(0.2)]
+            layers.append(nn.Conv2d(c, w, 4, stride, 1))
+            layers.append(nn.GroupNorm(math.gcd(w, config.groups), w))
+            layers.append(nn.LeakyReLU(0.2))
             c = w
         self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
         for m in self.layers:
@@ -1173,619 +712,515 @@ class Discriminator(nn.Module):
     def forward(self, images):  # (B,3,H,W) -> (B,1,h,w)
         return self.layers(images).float()
 
+# -----------------------------------------------------------------------------
+# Losses: plain functions, float32, named as in the paper. Each is logged unweighted.
 
-def tokenizer_from_state(state, device="cpu"):
-    """{"config": dict, "ema": state_dict} -> MergeVQ in eval mode, frozen."""
-    config = TokenizerConfig(**state["config"])
-    check_ranges(config)
-    model = MergeVQ(config)
-    model.load_state_dict(state["ema"])
-    return model.to(device).eval().requires_grad_(False)
+def perceptual_stub(a, b):
+    """L1 distance of oriented derivatives and a Laplacian at three scales. (B,3,H,W) twice
+    -> 0-d.
 
-
-def load_tokenizer(path, device="cpu"):
-    """Checkpoint of this script -> MergeVQ in eval mode with EMA weights. Raises UserError on a bad file."""
-    state = load_checkpoint(path, "tokenizer")
-    with reading(path):
-        return tokenizer_from_state(state, device)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Full versions: networks that others trained, from their own public weight files. Frozen, in eval mode, outside DDP, the
-# optimizers, EMA and checkpoints. Nothing is fetched unless a flag says `download`.
-
-OFFICIAL = {  # what it is, the flag that takes its path, where it is published, first digits of its sha256. Two of the files
-    # carry these digits in their names; those of DINOv2 and LPIPS are what others recorded who pinned them.
-    "dinov2": ("DINOv2 ViT-B/14", "--teacher-weights",
-               "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
-    "vgg16": ("torchvision's VGG16", "--vgg-weights", "https://download.pytorch.org/models/vgg16-397923af.pth", "397923af"),
-    "lpips": ("LPIPS v0.1 for VGG16", "--lpips-weights",
-              "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth",
-              "a78928a0af1e5f0f"),
-    "inception": ("pytorch-fid's InceptionV3", "--inception-weights",
-                  "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-                  "6726825d"),
-}
-
-
-def load_weights(kind, path, shapes, unused=()):
-    """A public weight file -> {name: tensor}, exactly the names of `shapes` (name -> shape) in exactly these shapes.
-
-    kind is a key of OFFICIAL; path a file, or `download` for the official one, which is kept where torch.hub keeps its files.
-    Names that start or end with one of `unused` may be there besides. A file of the right format that is not the official one
-    is used, and that is said. Raises UserError on a missing, truncated or wrong file and on a download that failed.
+    A stand-in for LPIPS that needs no weights. L2 forgives a blurred edge: few pixels are wrong,
+    and each by little. The derivatives of a blurred edge are wrong by much.
     """
-    what, flag, url, digits = OFFICIAL[kind]
-    remedy = f"pass {flag} with the path of {os.path.basename(url)}, or {flag} download to fetch {url}"
+    filters = torch.tensor([[0, 0, 0, -1, 0, 1, 0, 0, 0], [0, -1, 0, 0, 0, 0, 0, 1, 0],
+                            [-1, 0, 0, 0, 0, 0, 0, 0, 1], [0, 0, -1, 0, 0, 0, 1, 0, 0],
+                            [0, 1, 0, 1, -4, 1, 0, 1, 0]], dtype=torch.float32) / 2
+    filters = filters.to(a.device, non_blocking=True).view(5, 1, 3, 3).repeat(3, 1, 1, 1)
+    difference, loss = (a - b).float(), 0.0
+    scales = 3 if min(a.shape[2:]) >= 12 else 1  # the third has a quarter of the side
+    for _ in range(scales):
+        loss = loss + F.conv2d(difference, filters, groups=3).abs().mean() / 3
+        difference = F.avg_pool2d(difference, 2)
+    return loss
+
+PERCEPTUAL = {"stub": perceptual_stub, "none": lambda a, b: (a - b).mean() * 0}
+
+def entropy_loss(z):
+    """LFQ's entropy terms, z (B,K,d) -> (loss, per-sample entropy, codebook entropy), nats:
+    sure about each token, undecided over all of them."""
+    per_sample, codebook = lfq_entropy(z)
+    return per_sample - codebook, per_sample, codebook
+
+def hinge_loss(real, fake):
+    """Hinge loss of the discriminator's logits (1705.02894)."""
+    return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+
+def lecam_loss(real, fake, average):
+    """LeCam regularisation (2104.03310): stay near the running mean of the opposite logits.
+    average (2,): of real, of fake."""
+    mean_real, mean_fake = average
+    return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
+
+def adaptive_weight(pixel_loss, gan_loss, last_layer):
+    """VQGAN's balance (2012.09841 Eq. 7): |gradient of the pixel losses| / |gradient of the
+    adversarial loss| at the decoder's last layer, over all ranks."""
+    pixel, = torch.autograd.grad(pixel_loss, last_layer, retain_graph=True)
+    gan, = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    pixel, gan = mean_over_ranks(torch.stack([pixel, gan]))
+    return (pixel.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
+
+def align_loss(kind, student, teacher, labels, center):
+    """Global alignment (Eq. 10): cross-entropy of the student's class token logits (B,C) with
+    the teacher's (B,C), or with labels (B,).
+
+    ema: the teacher is sharpened and centred (DINO, 2104.14294). dinov2: T^2 KL at T = 4, as in
+    the authors' release; the KL differs from Eq. 10 by the teacher's entropy, which has no
+    gradient.
+    """
+    if kind == "none":
+        return torch.zeros((), device=labels.device)
+    if kind == "label":
+        return F.cross_entropy(student, labels)
+    if kind == "dinov2":
+        target, log_q = (teacher / 4).log_softmax(-1), (student / 4).log_softmax(-1)
+        return 16 * F.kl_div(log_q, target, reduction="batchmean", log_target=True)
+    target = ((teacher - center) / 0.04).softmax(-1)
+    return F.cross_entropy(student / 0.1, target)
+
+def keep_distribution(config):
+    """Values of K in training and their probabilities (A.3, Eq. 15-16): (list, (n,) array)."""
+    candidates = sorted({*config.keeps, config.keep})
+    i = np.arange(len(candidates)) - candidates.index(config.keep)  # 0 at the target
+    if config.keep_sampling == "fixed":
+        p = (i == 0).astype(float)
+    elif config.keep_sampling == "gaussian":
+        p = np.exp(-i ** 2 / (2 * 0.5 ** 2)) + 0.05
+    else:
+        p = 2 * np.exp(-2.0 * abs(i)) + 0.1
+    return candidates, p / p.sum()
+
+def sample_keep(config, step):
+    """K of a training step, a function of (seed, step): equal on all ranks and after a resume."""
+    candidates, p = keep_distribution(config)
+    return int(np.random.default_rng([config.seed, 1, step]).choice(candidates, p=p))
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+def psnr(a, b):
+    """Peak signal-to-noise ratio in dB: (B,C,H,W) in [-1,1] twice -> (B,). Values are clamped."""
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    difference = (a.clamp(-1, 1).to(wide) - b.clamp(-1, 1).to(wide)) / 2
+    return -10 * difference.square().flatten(1).mean(1).log10()
+
+def code_statistics(counts):
+    """Histogram of codes (2^d,) -> (usage: share of codes met, perplexity: exp of the entropy)."""
+    p = counts.float() / counts.sum()
+    return (counts > 0).float().mean(), torch.special.entr(p).sum().exp()
+
+def bit_balance(counts, d):
+    """Histogram of codes (2^d,) -> (largest distance of a bit's mean from 1/2, constant bits)."""
+    codes = torch.arange(2 ** d, device=counts.device)
+    share = counts.float() / counts.sum()
+    on = (codes_to_bits(codes, d) > 0).float().T @ share                     # (d,)
+    constant = (on < 1e-6) | (on > 1 - 1e-6)
+    return (on - 0.5).abs().max(), constant.sum()
+
+EVAL_IMAGES = 1000  # what an evaluation looks at; eval.py measures on all
+
+@torch.no_grad()
+def evaluate(model, dataset, config, run):
+    """PSNR at the target K and at K = L; code usage and recovery accuracy at K; over all ranks."""
+    counts = torch.zeros(2 ** config.bits, device=run.device)
+    sums = torch.zeros(4, device=run.device)
+    for images, _ in val_batches(dataset, EVAL_IMAGES, max(16, config.batch_size // run.world),
+                                 run, loader_workers(config)):
+        with run.autocast():
+            e, full = model.encode(images), model.encode(images, config.length)
+            first = first_position_of_token(e.source, config.keep)
+            accuracy = (model.recover(e.codes, first) == e.source).float().mean(1)
+            at_keep = psnr(model.decode(e.codes, e.source), images).float()
+            at_full = psnr(model.decode(full.codes, full.source), images).float()
+        counts += torch.bincount(e.codes.flatten(), minlength=len(counts))
+        sums += torch.stack([at_keep, at_full, accuracy, torch.ones_like(accuracy)]).sum(1)
+    if run.world > 1:
+        dist.all_reduce(counts)
+        dist.all_reduce(sums)
+    usage, perplexity = code_statistics(counts)
+    values = torch.cat([sums[:3] / sums[3], torch.stack([usage, perplexity])]).tolist()
+    names = ("val_psnr", "val_psnr_full", "val_recovery", "val_usage", "val_perplexity")
+    return dict(zip(names, values))
+
+@torch.no_grad()
+def draw_reconstructions(model, dataset, config, run, path, num=8):
+    """PNG: originals, then reconstructions at several K, one row each."""
+    images = torch.stack([dataset[i][0] for i in subset(len(dataset), num)])
+    rows, titles = [images], ["original"]
+    for keep in sorted({min(config.keeps), config.keep, max(config.keeps), config.length}):
+        e = model.encode(images.to(run.device), keep)
+        rows.append(model.decode(e.codes, e.source).cpu())
+        titles.append(f"K = {keep}")
+    image_grid(rows, path, row_titles=titles)
+
+# -----------------------------------------------------------------------------
+# Training
+
+CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", "disc", "lecam",
+          "val_psnr", "val_psnr_full", "perplexity", "bit_imbalance", "keep", "lr")
+
+@torch.no_grad()
+def teacher_logits(config, ema, dinov2, images, keep, draws):
+    """The teacher's logits (B,C) of a strongly augmented view; None for align label and none.
+    draws (B,16) uniform: the randomness of the view."""
+    if config.align == "dinov2":
+        return dinov2(augment(images, draws)).float()
+    if config.align == "ema":
+        return ema.align_head(ema.encoder(augment(images, draws), keep)[2]).float()
+
+def main(argv=None):
+    config = parse_config(TokenizerConfig, __doc__, argv, VARIANTS, "variant")
+    train_set = build_dataset(config.data, "train", config.size, True, config.seed, config.labels)
+    val_set = build_dataset(config.data, "val", config.size, False, labels=config.labels)
+    if config.align == "label":
+        if train_set.num_classes < 2:
+            raise UserError(f"--align label needs class folders, but --data {config.data} has "
+                            f"{train_set.num_classes} classes: pass --align ema")
+        config.align_dim = train_set.num_classes
+    elif config.align == "dinov2":
+        config.align_dim = DINOV2["width"]
+    if not config.max_steps:
+        config.max_steps = max(1, config.epochs * len(train_set) // config.batch_size)
+    run = start_run(config)
+    micro = micro_batch(config, run)
+
+    torch.manual_seed(config.seed)  # the same weights on every rank
+    raw_model = MergeVQ(config).to(run.device, memory_format=torch.channels_last)
+    discriminator = Discriminator(config).to(run.device, memory_format=torch.channels_last)
+    perceptual, dinov2 = PERCEPTUAL.get(config.perceptual), None
+    if config.perceptual == "lpips":
+        perceptual = load_lpips(config.lpips_weights, config.vgg_weights, run.device)
+    if "dinov2" in (config.align, config.init):
+        dinov2 = load_dinov2(config.teacher_weights, run.device)
+    if config.init == "dinov2":
+        select_weights(raw_model.encoder, dinov2)
+    state = open_out(config, run, "tokenizer")
+
+    ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
+    optimizer = adamw(raw_model.parameters(), config, (config.beta1, config.beta2))
+    disc_optimizer = adamw(discriminator.parameters(), config, (config.beta1, config.beta2))
+    parts = dict(model=raw_model, ema=ema, disc=discriminator, optimizer=optimizer,
+                 disc_optimizer=disc_optimizer)
+    lecam = torch.zeros(2, device=run.device)                      # mean logit of real, of fake
+    center = torch.zeros(config.align_dim, device=run.device)      # of the ema teacher
+    running = dict(lecam=(lecam, 0.01), center=(center, 0.1))      # averages and their rates
+    if config.bit_norm:
+        running["bits"] = raw_model.bit_norm.stats, 0.1
+    step, skipped = 0, torch.zeros((), device=run.device)
+    if state:
+        load_parts(f"{config.out}/ckpt.pt", state, **parts)
+        lecam.copy_(state["lecam"])
+        center.copy_(state["center"])
+        step, skipped = state["step"], skipped + state["skipped"]
+    if config.compile:
+        for part in (raw_model.encoder.stem, raw_model.decoder, discriminator):
+            part.compile()
+    model, disc = parallel(raw_model, run), parallel(discriminator, run)
+    if run.main:
+        describe(config, raw_model, train_set, val_set)
+
+    terms = ("rec", "perceptual", "commit", "entropy", "recovery", "align")
+    weights = {name: getattr(config, f"w_{name}") for name in terms}
+    stream = batches(train_set, config, run, step)
+    metrics = Metrics(config, run, step, CURVES)
+    stop, stopping = catch_signals(), False
+    while True:
+        # N steps make N + 1 passes. Step 0 counts: a broken evaluation shows at once
+        last = step >= config.max_steps
+        if last or step % config.eval_every == 0 and not stopping:
+            metrics.scores(step, evaluate(ema, val_set, config, run))
+            if run.main:
+                path = f"{config.out}/recon_{step:07d}.png"
+                draw_reconstructions(ema, val_set, config, run, path)
+        if run.main and (last or stopping or step % config.save_every == 0):
+            save_checkpoint(f"{config.out}/ckpt.pt", "tokenizer", step=step,
+                            config=dataclasses.asdict(config), skipped=int(skipped),
+                            class_names=list(train_set.class_names), lecam=lecam, center=center,
+                            **{name: part.state_dict() for name, part in parts.items()})
+        if last or stopping:
+            break
+
+        # lr and K are functions of (seed, step)
+        lr, keep = learning_rate(step, config), sample_keep(config, step)
+        for group in optimizer.param_groups + disc_optimizer.param_groups:
+            group["lr"] = lr
+        gan_on = config.w_disc > 0 and step >= config.disc_start
+        w_gan = config.w_disc * min(1.0, (step - config.disc_start + 1) / config.disc_ramp)
+        views = torch.rand(config.batch_size, AUGMENT_DRAWS, generator=seeded(config.seed, 2, step))
+        logs, means = defaultdict(float), defaultdict(float)
+        raw_model.train()
+        for micro_step in range(config.accum):
+            images, labels = next(stream)
+            first_row = (micro_step * run.world + run.rank) * micro
+            draws = views[first_row:first_row + micro].to(run.device, non_blocking=True)
+            # DDP averages the gradients in the last backward pass only
+            sync = micro_step == config.accum - 1
+            model.require_backward_grad_sync = disc.require_backward_grad_sync = sync
+
+            # image -> K tokens -> bits -> image. BitNorm and entropy see the images of this
+            # micro-batch on all ranks
+            with run.autocast():
+                out = model(images, keep)
+                teacher = teacher_logits(config, ema, dinov2, images, keep, draws)
+            entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
+            losses = dict(
+                rec=F.mse_loss(out.images, images),
+                perceptual=perceptual(out.images, images).mean(),
+                commit=F.mse_loss(out.z, out.z.detach().sign()),
+                entropy=entropy,
+                recovery=F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten()),
+                align=align_loss(config.align, out.align, teacher, labels, center))
+            loss = sum(weights[name] * value for name, value in losses.items())
+
+            # adversarial term, through a frozen discriminator
+            if gan_on:
+                discriminator.requires_grad_(False)
+                with run.autocast():
+                    losses["gan"] = -discriminator(out.images).mean()
+                discriminator.requires_grad_(True)
+                pixel = sum(weights[name] * losses[name] for name in ("rec", "perceptual"))
+                balance = adaptive_weight(pixel, losses["gan"], raw_model.decoder.conv_out.weight)
+                loss = loss + w_gan * balance * losses["gan"]
+            (loss / config.accum).backward()
+
+            # the discriminator's turn, on reconstructions without a graph
+            if gan_on:
+                with run.autocast():
+                    real, fake = disc(torch.cat([images, out.images.detach()])).chunk(2)
+                losses["disc"] = hinge_loss(real, fake)
+                losses["lecam"] = lecam_loss(real, fake, lecam)
+                disc_loss = losses["disc"] + config.w_lecam * losses["lecam"]
+                (disc_loss / config.accum).backward()
+                means["lecam"] += torch.stack([real.mean(), fake.mean()]).detach()
+            if config.align == "ema":
+                means["center"] += teacher.mean(0)
+            if config.bit_norm:
+                means["bits"] += out.bit_stats
+            losses.update(entropy_sample=sample_entropy, entropy_codebook=codebook_entropy)
+            for name, value in losses.items():
+                logs[name] += value.detach() / config.accum
+
+        # all ranks have the same gradients. A step that is not finite changes nothing
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
+        disc_norm = torch.zeros_like(norm)
+        if gan_on:
+            disc_norm = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
+        finite = step_if_finite(norm + disc_norm, optimizer, disc_optimizer)
+        for name, value in means.items():
+            average, rate = running[name]
+            mean = average.lerp(mean_over_ranks(value / config.accum), rate)
+            average.copy_(torch.where(finite, mean, average))
+        update_ema(ema, raw_model, config.ema, step, finite)
+        skipped += ~finite
+        step += 1
+        if step % config.log_every == 0 or step == config.max_steps:
+            counts = torch.bincount(bits_to_codes(out.z).flatten(), minlength=2 ** config.bits)
+            logs["usage"], logs["perplexity"] = code_statistics(counts)
+            logs["bit_imbalance"], logs["dead_bits"] = bit_balance(counts, config.bits)
+            logs.update(grad_norm=norm, skipped=skipped)
+            stopping = metrics.log(step, logs, stop, ("rec", "perplexity", "keep", "skipped"),
+                                   lr=lr, keep=keep)
+    metrics.bar.close()
+    end_run(config, run, step, "tokenizer.py", argv,
+            f"done: {config.out}/ckpt.pt, recon_{step:07d}.png; next: python mergear.py")
+
+def describe(config, model, train_set, val_set):
+    """Print what is about to be trained, and which parts stand in for the paper's."""
+    for name in ("encoder", "decoder", "recovery"):
+        size = sum(p.numel() for p in getattr(model, name).parameters())
+        print(f"{name}: {size / 1e6:.2f}M parameters")
+    print(f"{config.size} px, f = {config.factor}, L = {config.length}, K = {config.keep} of "
+          f"{keep_distribution(config)[0]}, {config.max_steps} steps of {config.batch_size}")
+    print(f"{config.data}: train {train_set.describe()}; val {val_set.describe()}")
+    if config.variant != "tiny":
+        print(f"perceptual loss {config.perceptual}, teacher {config.align}, initial weights "
+              f"{config.init}; the paper has lpips, dinov2, dinov2")
+
+# -----------------------------------------------------------------------------
+# Appendix: networks that others trained, from their public weight files. Frozen, in eval mode,
+# outside DDP, the optimizers, EMA and checkpoints. Nothing is fetched unless a flag says so.
+
+RAW = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips"
+FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
+OFFICIAL = {  # flag that takes the path, address, first digits of the file's sha256
+    "dinov2": ("--teacher-weights", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
+               "dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
+    "vgg16": ("--vgg-weights", "https://download.pytorch.org/models/vgg16-397923af.pth",
+              "397923af"),
+    "lpips": ("--lpips-weights", RAW + "/weights/v0.1/vgg.pth", "a78928a0af1e5f0f"),
+    "inception": ("--inception-weights", FID + "/pt_inception-2015-12-05-6726825d.pth", "6726825d")}
+
+def load_weights(kind, path, net, convert=None, unused=()):
+    """Load a public weight file into `net`, strictly -> net, frozen, in eval mode.
+
+    path: a file, or `download` for the official one, kept where torch.hub keeps its files.
+    convert: file's state dict -> net's. Names that start or end with one of `unused` may be
+    missing or left over. Raises UserError on a missing, damaged or wrong file.
+    """
+    flag, url, digits = OFFICIAL[kind]
+    remedy = f"pass {flag} with the path of {os.path.basename(url)}, or {flag} download"
     if not path:
-        raise UserError(f"{what} is needed: {remedy}")
-    download, local_rank = path == "download", int(os.environ.get("LOCAL_RANK", 0))
-    if download:
-        path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-        if dist.is_initialized() and local_rank > 0:
-            dist.barrier()                                    # the node's first process fetches for all
-        try:
+        raise UserError(f"{kind} weights are needed: {remedy}")
+    try:
+        if path == "download":
+            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             if not os.path.exists(path):
-                os.makedirs(os.path.dirname(path), exist_ok=True)
                 torch.hub.download_url_to_file(url, path, hash_prefix=digits)
-        except (OSError, RuntimeError) as e:                  # no connection, no space, another sha256
-            raise UserError(f"{flag} download: {url} could not be fetched to {path} ({e}); pass the path of a copy")
-        if dist.is_initialized() and local_rank == 0:
-            dist.barrier()
-    try:
-        with open(path, "rb") as f:
-            found = hashlib.file_digest(f, "sha256").hexdigest()[:len(digits)]
-    except OSError as e:
-        raise UserError(f"{flag} {path} cannot be read ({e.strerror}): {remedy}")
-    try:
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()[:len(digits)]
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load raises many types on a damaged file; each means the same to the user
-        raise UserError(f"{flag} {path} is not a readable weight file ({type(e).__name__}), it may be truncated: {remedy}")
-    state = state if isinstance(state, dict) else {}
-    wrong = [f"{name} is missing" for name in shapes if not isinstance(state.get(name), torch.Tensor)]
-    wrong += [f"{name} is unknown" for name in map(str, state)
-              if name not in shapes and not name.startswith(unused) and not name.endswith(unused)]
-    wrong += [f"{name} has shape {tuple(state[name].shape)}, not {tuple(shape)}" for name, shape in shapes.items()
-              if not wrong and state[name].shape != shape]
-    if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(f"{flag} {path} does not hold {what} ({wrong[0]}{more}): {remedy}")
+        state = convert(state) if convert else state
+        missing, unknown = net.load_state_dict(state, strict=False)
+        wrong = [name for name in missing + unknown
+                 if not name.startswith(tuple(unused)) and not name.endswith(tuple(unused))]
+        assert not wrong, f"{len(wrong)} names are missing or unknown, such as {wrong[0]}"
+    except Exception as error:  # a missing, damaged or foreign file raises many types
+        reason = " ".join(str(error).split())[:200]
+        if path.endswith(".safetensors"):
+            reason = "a .pth is expected, not .safetensors"
+        raise UserError(f"{flag} {path} cannot be used ({reason}): {remedy}")
     if found != digits:
-        message = f"{flag} {path} has sha256 {found}..., the official file {digits}..."
-        if download:
-            raise UserError(f"{message}: delete it and it will be fetched anew")
-        if local_rank == 0:
-            print(f"note: {message}; results may not compare with others'")
-    return {name: state[name] for name in shapes}
+        print(f"note: {path} has sha256 {found}..., the official file {digits}...")
+    return net.eval().requires_grad_(False)
 
-
-VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))      # widths; max pooling between the tuples
-
+VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 class LPIPS(nn.Module):
-    """Learned perceptual distance v0.1 (1801.03924) on VGG16: images a, b (B,3,H,W) in [-1,1], 16 px or more -> (B,).
+    """Learned perceptual distance v0.1 (1801.03924) on VGG16: images a, b (B,3,H,W) in [-1,1],
+    16 px or more -> (B,). In float32 also under autocast.
 
-    The unit-normalised features of both images after the last ReLU of each stage are compared: squared difference, weighted
-    by channel, averaged over positions, summed over stages. Float32 also under autocast; gradients reach the images only.
+    The features after the last ReLU of each stage are normalised to unit length. Their squared
+    difference is weighted by channel, averaged over positions and summed over stages.
     """
-    def __init__(self):
+
+    def __init__(self, widths=VGG16):
         super().__init__()
         layers, c = [], 3
-        for i, widths in enumerate(VGG16):
+        for i, stage in enumerate(widths):
             layers += [nn.MaxPool2d(2)] if i > 0 else []
-            for w in widths:
+            for w in stage:
                 layers += [nn.Conv2d(c, w, 3, padding=1), nn.ReLU()]
                 c = w
-        self.features = nn.Sequential(*layers)                                 # torchvision's names
-        self.heads = nn.ParameterList(torch.empty(1, widths[-1], 1, 1) for widths in VGG16)
-        # upstream's constants: the ImageNet mean and std in [-1,1], rounded
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
+        self.features = nn.Sequential(*layers)  # torchvision's names
+        self.heads = nn.ParameterList(torch.empty(1, stage[-1], 1, 1) for stage in widths)
+        # the ImageNet mean and std, for images in [-1,1], rounded as in the published code
+        shift, scale = torch.tensor([[-.030, -.088, -.188], [.458, .448, .450]])
+        self.register_buffer("shift", shift.view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", scale.view(3, 1, 1), persistent=False)
+
+    def stages(self, x):
+        """Unit-length features after each stage, a list of (B,C,h,w)."""
+        x, outputs = (x.float() - self.shift) / self.scale, []
+        for layer in [*self.features, nn.MaxPool2d(2)]:
+            if isinstance(layer, nn.MaxPool2d):  # the end of a stage
+                length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+                outputs.append(x / (length + 1e-10))
+            x = layer(x)
+        return outputs
 
     def forward(self, a, b):
         with torch.autocast(a.device.type, enabled=False):
-            a, b = ((x.float() - self.shift) / self.scale for x in (a, b))
-            distance, heads = 0.0, iter(self.heads)
-            for layer, following in zip(self.features, [*self.features[1:], None]):
-                a, b = layer(a), layer(b)
-                if following is None or isinstance(following, nn.MaxPool2d):   # the end of a stage
-                    unit_a, unit_b = (x / (torch.linalg.vector_norm(x, dim=1, keepdim=True) + 1e-10) for x in (a, b))
-                    distance = distance + ((unit_a - unit_b).square() * next(heads)).sum(1).mean((1, 2))
-            return distance
+            distance = 0.0
+            for x, y, head in zip(self.stages(a), self.stages(b), self.heads):
+                distance = distance + ((x - y).square() * head).sum(1).mean((1, 2))
+        return distance
 
+def load_lpips(lpips_path, vgg_path, device="cpu", widths=VGG16):
+    """LPIPS' v0.1 vgg.pth and torchvision's VGG16 file, or `download` -> LPIPS, frozen."""
+    net = LPIPS(widths)
+    load_weights("vgg16", vgg_path, net.features, unused=("classifier.",),
+                 convert=lambda state: {name.removeprefix("features."): tensor
+                                        for name, tensor in state.items()})
+    load_weights("lpips", lpips_path, net.heads,
+                 convert=lambda state: {name[3:].split(".")[0]: tensor
+                                        for name, tensor in state.items()})
+    net = net.to(device, memory_format=torch.channels_last)
+    return net.eval().requires_grad_(False)
 
-def load_lpips(lpips_path, vgg_path, device="cpu"):
-    """The heads' file (lpips' v0.1/vgg.pth) and torchvision's VGG16 file, or `download` -> LPIPS, frozen. Raises UserError."""
-    net = LPIPS()
-    vgg = load_weights("vgg16", vgg_path, {k: v.shape for k, v in net.state_dict().items() if k.startswith("features.")},
-                       unused=("classifier.",))
-    heads = load_weights("lpips", lpips_path, {f"lin{i}.model.1.weight": w.shape for i, w in enumerate(net.heads)})
-    net.load_state_dict({**vgg, **{f"heads.{i}": w for i, w in enumerate(heads.values())}})
-    return net.to(device).eval().requires_grad_(False)
-
-
-DINOV2 = dict(width=768, depth=12, heads=12, patch=14, grid=37)   # ViT-B/14; its position table was trained at 37 x 14 = 518 px
-
+# ViT-B/14. Its position table was trained at 37 x 14 = 518 px
+DINOV2 = dict(width=768, depth=12, heads=12, patch=14, grid=37)
 
 class DINOv2(nn.Module):
-    """Class token of DINOv2 (2304.07193): images (B,3,H,W) in [-1,1] of any size -> (B,width), after the last LayerNorm.
+    """Class token of DINOv2 (2304.07193): images (B,3,H,W) in [-1,1] -> (B,width).
 
-    `side` resizes to that many pixels a side (bicubic, antialiased), a multiple of the patch; 0: to the nearest multiples.
+    Images are resized to `side` pixels per side (bicubic, antialiased).
     """
+
     def __init__(self, width, depth, heads, patch, grid):
         super().__init__()
         self.patch, self.grid = patch, grid
         self.stem = nn.Conv2d(3, width, patch, stride=patch)
-        self.cls, self.position = nn.Parameter(torch.empty(1, 1, width)), nn.Parameter(torch.empty(1, 1 + grid * grid, width))
+        self.cls = nn.Parameter(torch.empty(1, 1, width))
+        self.position = nn.Parameter(torch.empty(1, 1 + grid * grid, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         for m in self.modules():
             if isinstance(m, nn.LayerNorm):
                 m.eps = 1e-6
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)  # ImageNet's, in [0,1]
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
+        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
 
-    def forward(self, images, side=0):
-        x, p = (images.float() + 1) / 2, self.patch
-        size = (side, side) if side else tuple(max(1, round(n / p)) * p for n in x.shape[2:])
-        if size != x.shape[2:]:
-            x = F.interpolate(x, size, mode="bicubic", antialias=True)
-        x = self.stem((x - self.mean) / self.std)                                          # (B,D,h,w)
-        position, (h, w) = self.position[:, 1:], x.shape[2:]
-        if (h, w) != (self.grid, self.grid):  # the published models stretch the table by (h + 0.1) / grid, not h / grid
-            table = position.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-            table = F.interpolate(table, scale_factor=((h + 0.1) / self.grid, (w + 0.1) / self.grid), mode="bicubic")
-            position = table.flatten(2).transpose(1, 2)                                    # (1,h*w,D)
-        x = x.flatten(2).transpose(1, 2) + position
-        x = torch.cat([(self.cls + self.position[:, :1]).expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+    def forward(self, images, side=224):
+        x = (images.float() + 1) / 2
+        x = F.interpolate(x, (side, side), mode="bicubic", antialias=True)
+        x = self.stem((x - self.mean) / self.std)                            # (B,D,h,w)
+        # the published models stretch their table by (h + 0.1) / grid, not by h / grid
+        table = self.position[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        scale = (x.shape[2] + 0.1) / self.grid
+        table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
+        x = (x + table).flatten(2).transpose(1, 2)                           # (B,h*w,D)
+        cls = (self.cls + self.position[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)                           # (B,1+h*w,D)
         for block in self.blocks:
             x, _, _ = block(x)
         return self.norm(x[:, 0])
 
+def dinov2_names(state):
+    """The published state dict -> ours. Its key bias is left out: it cancels in the softmax."""
+    pairs = (("patch_embed.proj", "stem"), ("cls_token", "cls"), ("pos_embed", "position"),
+             ("ls1.gamma", "scale1"), ("ls2.gamma", "scale2"), ("fc1", "up"), ("fc2", "down"))
+    renamed = {}
+    for name, tensor in state.items():
+        for theirs, ours in pairs:
+            name = name.replace(theirs, ours)
+        parts = dict(zip("qkv", tensor.chunk(3))) if "qkv" in name else {"": tensor}
+        for part, rows in parts.items():
+            renamed[name.replace("qkv", f"to_{part}")] = rows
+    return {name: tensor for name, tensor in renamed.items() if not name.endswith("to_k.bias")}
 
 def load_dinov2(path, device="cpu"):
     """The published file, or `download` -> DINOv2, frozen. Raises UserError."""
-    net, theirs = DINOv2(**DINOV2), {}
-    for name, tensor in net.state_dict().items():
-        file_name = name
-        for a, b in (("stem", "patch_embed.proj"), ("cls", "cls_token"), ("position", "pos_embed"), ("scale1", "ls1.gamma"),
-                     ("scale2", "ls2.gamma"), ("mlp.up", "mlp.fc1"), ("mlp.down", "mlp.fc2")):
-            file_name = file_name.replace(a, b)
-        theirs[name] = file_name
-    state = load_weights("dinov2", path, {theirs[name]: w.shape for name, w in net.state_dict().items()}, unused=("mask_token",))
-    net.load_state_dict({name: state[file_name] for name, file_name in theirs.items()})
-    return net.to(device).eval().requires_grad_(False)
-
+    net = load_weights("dinov2", path, DINOv2(**DINOV2), dinov2_names, unused=("mask_token",))
+    return net.to(device)
 
 @torch.no_grad()
 def select_weights(encoder, larger):
-    """Weight selection (2311.18823): the encoder's transformer takes uniformly spaced elements of a larger one's.
+    """Weight selection (2311.18823): the encoder's transformer takes uniformly spaced elements
+    of a larger one's.
 
-    Along every dimension of m elements, element i is element floor(i n / m) of the larger one's n; likewise blocks along the
-    depth. Rows of qkv and columns of proj are (head, element of the head), so q stays q and a head's elements stay together.
+    Along each dimension of m elements, element i is element floor(i n / m) of the larger one's
+    n; likewise the blocks along the depth. Elements of one attention head stay together.
     """
     def select(target, source):
         for dim, (m, n) in enumerate(zip(target.shape, source.shape)):
-            source = source.index_select(dim, torch.arange(m, device=source.device) * n // m)
+            assert m <= n, f"{m} elements of {n}: --init dinov2 selects from a larger network"
+            index = torch.arange(m, device=source.device) * n // m
+            source = source.index_select(dim, index)
         target.copy_(source)
 
     select(encoder.cls, larger.cls)
     for i, block in enumerate(encoder.blocks):
         other = larger.blocks[i * len(larger.blocks) // len(encoder.blocks)]
         for (name, target), source in zip(block.named_parameters(), other.parameters()):
-            heads = block.attn.heads, other.attn.heads
-            if name.startswith("attn.qkv"):                                                # (3 h D/h, ...) -> (3,h,D/h,...)
-                target, source = (w.unflatten(0, (3, h, -1)) for w, h in zip((target, source), heads))
-            elif name == "attn.proj.weight":                                               # (D, h D/h) -> (D,h,D/h)
-                target, source = (w.unflatten(1, (h, -1)) for w, h in zip((target, source), heads))
+            # rows of q, k, v and columns of proj are (head, element of the head)
+            if name.startswith("attn.to_") or name == "attn.proj.weight":
+                dim = int(name == "attn.proj.weight")
+                target = target.unflatten(dim, (block.attn.heads, -1))
+                source = source.unflatten(dim, (other.attn.heads, -1))
             select(target, source)
     for target, source in zip(encoder.norm.parameters(), larger.norm.parameters()):
         select(target, source)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Losses: plain functions, float32, names as in the paper. main() logs each unweighted and weighted.
-
-def perceptual_stub(a, b):
-    """L1 distance of oriented derivatives and a Laplacian at three scales. (B,3,H,W) twice -> 0-d.
-
-    A stand-in for LPIPS that needs no weights. L2 forgives a blurred edge, since few pixels are wrong and each by
-    little; its derivatives are wrong by much. So this term asks for edges of the right place, direction and strength.
-    """
-    filters = torch.tensor([[[0, 0, 0], [-1, 0, 1], [0, 0, 0]], [[0, -1, 0], [0, 0, 0], [0, 1, 0]],
-                            [[-1, 0, 0], [0, 0, 0], [0, 0, 1]], [[0, 0, -1], [0, 0, 0], [1, 0, 0]],
-                            [[0, 1, 0], [1, -4, 1], [0, 1, 0]]], device=a.device, dtype=torch.float32) / 2
-    weight, difference, loss = filters[:, None].repeat(3, 1, 1, 1), (a - b).float(), 0.0
-    for _ in range(3 if min(a.shape[2:]) >= 12 else 1):  # the third scale has a quarter of the pixels, a filter needs 3
-        loss = loss + F.conv2d(difference, weight, groups=3).abs().mean() / 3
-        difference = F.avg_pool2d(difference, 2)
-    return loss
-
-
-def generator_loss(fake_logits):
-    """Hinge adversarial loss of the tokenizer: raise the discriminator's logits."""
-    return -fake_logits.mean()
-
-
-def discriminator_loss(real_logits, fake_logits):
-    """Hinge loss of the discriminator (1705.02894)."""
-    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
-
-
-def lecam_loss(real_logits, fake_logits, average):
-    """LeCam regularisation (2104.03310): stay near the running means of the opposite logits. average: (real, fake)."""
-    return F.relu(real_logits - average[1]).square().mean() + F.relu(average[0] - fake_logits).square().mean()
-
-
-def last_layer_gradients(rec_loss, gan_loss, last_layer):
-    """Gradient of each loss at the decoder's last layer: (2, *last_layer.shape)."""
-    return torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec_loss, gan_loss)])
-
-
-def adaptive_weight(gradients):
-    """VQGAN's balance (2012.09841 eq. 7): |grad of rec| / |grad of gan| at the last layer, over all ranks, at most 1e4."""
-    rec, gan = mean_over_ranks(gradients)
-    return (rec.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4)
-
-
-def align_loss(student, teacher, center):
-    """Eq. 10 against the EMA teacher: cross-entropy of its sharpened and centred distribution (DINO 2104.14294 temperatures)."""
-    target = ((teacher - center) / 0.04).softmax(-1)
-    return -(target * (student / 0.1).log_softmax(-1)).sum(-1).mean()
-
-
-def distill_loss(student, teacher, T=4.0):
-    """Eq. 10 against DINOv2, as the release has it: T^2 KL(softmax(teacher / T) || softmax(student / T)), (B,C) twice -> 0-d.
-
-    Eq. 10 is the cross-entropy of the two: the KL plus the teacher's entropy, which has no gradient.
-    """
-    log_p, log_q = (teacher / T).log_softmax(-1), (student / T).log_softmax(-1)
-    return T ** 2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-
-
-def keep_distribution(config):
-    """The values of K drawn in training and their probabilities (paper A.3, Eq. 15-16): (list, (n,) tensor)."""
-    candidates = sorted(set(config.keeps) | {config.keep})
-    i = torch.arange(len(candidates)) - candidates.index(config.keep)      # 0 at the target
-    if config.keep_sampling == "fixed":
-        p = (i == 0).double()
-    elif config.keep_sampling == "gaussian":
-        p = torch.exp(-i.double().square() / (2 * 0.5 ** 2)) + 0.05
-    else:
-        p = 2 * torch.exp(-2.0 * i.abs().double()) + 0.1
-    return candidates, p / p.sum()
-
-
-def sample_keep(config, seed, step):
-    """K of a training step: a function of (seed, step), so all ranks agree and a resumed run draws the same."""
-    candidates, p = keep_distribution(config)
-    return candidates[int(torch.multinomial(p, 1, generator=seeded(seed, step, 1)))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-def psnr(a, b):
-    """Peak signal-to-noise ratio of each image, dB: (B,C,H,W) in [-1,1] twice -> (B,). Values are clamped first."""
-    mse = ((a.clamp(-1, 1) - b.clamp(-1, 1)).double() / 2).square().flatten(1).mean(1)
-    return -10 * mse.log10()
-
-
-def code_statistics(counts):
-    """Histogram of codes (2^d) -> (usage: share of codes met at least once, perplexity: exp of its entropy)."""
-    p = counts.double() / counts.sum()
-    return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
-
-
-def bit_statistics(codes, d):
-    """codes (B,K) -> (largest distance of a bit's mean from even, number of bits that never change)."""
-    on = (codes_to_bits(codes, d) > 0).double().mean((0, 1))
-    return (on - 0.5).abs().max().item(), int(((on == 0) | (on == 1)).sum())
-
-
-def subset(total, num, seed=0):
-    """`num` places of 0 ... total - 1 drawn by the seed, in order; all of them when num is 0 or more than there are. The first
-    ones would be of a few classes only, as class folders are read one after the other."""
-    if num == 0 or num >= total:
-        return list(range(total))
-    return sorted(np.random.default_rng(seed).choice(total, num, replace=False).tolist())
-
-
-def val_loader(dataset, config, run, num):
-    """This rank's share of `num` validation images, the same at every call: yields (images, labels)."""
-    share = torch.utils.data.Subset(dataset, subset(len(dataset), num)[run.rank::run.world])
-    return torch.utils.data.DataLoader(share, batch_size=min(64, max(16, config.batch_size)), num_workers=max(0, config.workers),
-                                       worker_init_fn=ignore_signals)
-
-
-@torch.no_grad()
-def evaluate(model, dataset, config, run):
-    """PSNR at the target K and at K = L, code usage and perplexity at the target, recovery accuracy; over all ranks."""
-    counts = torch.zeros(2 ** config.bits, device=run.device)
-    sums = torch.zeros(4, device=run.device, dtype=torch.float64 if run.device.type != "mps" else torch.float32)
-    for images, _ in val_loader(dataset, config, run, config.eval_num):
-        images = images.to(run.device)
-        with run.autocast():
-            encoded, full = model.encode(images), model.encode(images, config.length)
-            recovered = (model.recover(encoded.codes) == encoded.source).float().mean(1)
-            at_target, at_full = model.decode(encoded.codes, encoded.source), model.decode(full.codes, full.source)
-        counts += torch.bincount(encoded.codes.flatten(), minlength=len(counts))
-        sums += torch.stack([v.sum().to(sums.dtype) for v in
-                             (psnr(at_target, images), psnr(at_full, images), recovered, torch.ones(len(images), device=images.device))]).to(sums)
-    if run.world > 1:
-        dist.all_reduce(counts)
-        dist.all_reduce(sums)
-    usage, perplexity = code_statistics(counts)
-    p, p_full, accuracy = (sums[:3] / sums[3]).tolist()
-    return dict(val_psnr=p, val_psnr_full=p_full, val_usage=usage, val_perplexity=perplexity, val_recovery=accuracy)
-
-
-@torch.no_grad()
-def draw_reconstructions(model, dataset, config, run, path, num=8):
-    """PNG: originals, then reconstructions at several K, one row each."""
-    chosen = torch.randperm(len(dataset), generator=seeded(0))[:num].tolist()  # the first of a folder are all of one class
-    images = torch.stack([dataset[i][0] for i in chosen])
-    rows, titles = [images], ["original"]
-    for keep in sorted({min(config.keeps), config.keep, max(config.keeps), config.length}):
-        e = model.encode(images.to(run.device), keep)
-        rows.append(model.decode(e.codes, e.source).cpu())
-        titles.append(f"K = {keep}")
-    image_grid(torch.cat(rows), path, columns=len(images), row_titles=titles)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training
-
-CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", "disc", "lecam", "val_psnr",
-          "val_psnr_full", "perplexity", "bit_imbalance", "keep", "lr")
-
-
-def main(argv=None):
-    config = parse_config(TokenizerConfig, __doc__, VARIANTS, "variant", argv)
-    check_config(config)
-    widths = [config.disc_base * min(2 ** i, 8) for i in range(1, config.disc_layers + 1)]
-    if any(w % config.norm_groups for w in widths):
-        raise UserError(f"--disc-base {config.disc_base}: --norm-groups {config.norm_groups} does not divide the widths "
-                        f"{widths}; pass a --disc-base that is a multiple of it")
-    if config.size // 2 ** config.disc_layers < 3:
-        raise UserError(f"--disc-layers {config.disc_layers} leave nothing of a {config.size} px image: pass fewer")
-    train_set = build_dataset(config.data, "train", config.size, train=True, seed=config.seed)
-    val_set = build_dataset(config.data, "val", config.size, train=False)
-    if config.align == "label":
-        if train_set.num_classes < 2:
-            raise UserError(f"--align label needs class folders, but --data {config.data} has "
-                            f"{train_set.num_classes} classes; pass --align ema")
-        config.align_dim = train_set.num_classes
-    elif config.align == "dinov2":
-        config.align_dim = DINOV2["width"]
-    config.max_steps = config.max_steps or max(1, config.epochs * len(train_set) // config.batch_size)
-    config.workers = loader_workers(config)
-    run = start_run(config)
-    check_batch(config, run)
-    perceptual, dinov2 = perceptual_stub, None
-    if config.perceptual == "lpips":
-        perceptual = load_lpips(config.lpips_weights, config.vgg_weights, run.device).to(memory_format=torch.channels_last)
-    if "dinov2" in (config.align, config.init):
-        dinov2 = load_dinov2(config.teacher_weights, run.device)
-    resume_from = prepare_out(config, run)
-    dry_run("tokenizer", train, config, run, train_set, val_set, perceptual, dinov2, Stop(), disc_start=0, keep_sampling="fixed",
-            keep=max(*config.keeps, config.keep))  # the K that needs most memory
-    with Stop() as stop:
-        step = train(config, run, train_set, val_set, perceptual, dinov2, stop, resume_from)
-    if run.main:
-        if step < config.max_steps:
-            print(f"stopped and saved at step {step}; to go on: {resume_command('tokenizer.py', argv, run.world)}")
-        else:
-            print(f"done: {config.out}/ckpt.pt, recon_{step:07d}.png, curves.png; next: python mergear.py")
-    if run.world > 1:
-        dist.destroy_process_group()
-
-
-def train(config, run, train_set, val_set, perceptual, dinov2, stop, resume_from=None):
-    """Train until --max-steps or stop.asked, from the start or from a checkpoint. Returns the step that was reached.
-    perceptual: a loss of two batches of images; dinov2: the frozen teacher, if a flag asks for it."""
-    torch.manual_seed(config.seed)  # the same weights on every rank
-
-    raw_model = MergeVQ(config).to(run.device, memory_format=torch.channels_last)
-    if config.init == "dinov2" and not resume_from:
-        select_weights(raw_model.encoder, dinov2)
-    discriminator = Discriminator(config).to(run.device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
-    optimizer = adamw(raw_model.named_parameters(), config, (config.beta1, config.beta2), 0.0, run.device)
-    disc_optimizer = adamw(discriminator.named_parameters(), config, (config.beta1, config.beta2), 0.0, run.device)
-    lecam = torch.zeros(2, device=run.device)                          # running mean logit of real, of fake
-    center = torch.zeros(config.align_dim, device=run.device)          # of the ema teacher's outputs
-    step, skipped = 0, 0
-    if resume_from:
-        state = load_checkpoint(resume_from, "tokenizer", run.device)
-        with reading(f"--resume: {resume_from}"):
-            for module, name in ((raw_model, "model"), (ema, "ema"), (discriminator, "disc"), (optimizer, "optimizer"),
-                                 (disc_optimizer, "disc_optimizer")):
-                module.load_state_dict(state[name])
-            lecam.copy_(state["lecam"])
-            center.copy_(state["center"])
-            step, skipped = state["step"], state["skipped"]
-        del state
-
-    if config.compile:
-        for part in (raw_model.encoder.stem, raw_model.decoder, discriminator):
-            part.compile()
-    encoder, decoder, recovery, align_head, disc = (parallel(part, run) for part in (
-        raw_model.encoder, raw_model.decoder, raw_model.recovery, raw_model.align_head, discriminator))
-    stream = batches(train_set, config.batch_size, config.seed, step, config.accum, run.rank, run.world, config.workers)
-    micro = config.batch_size // (run.world * config.accum)
-    if run.main:
-        count = lambda m: f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f}M"
-        print(f"{config.variant}: encoder {count(raw_model.encoder)}, decoder {count(raw_model.decoder)}, source recovery "
-              f"{count(raw_model.recovery)}, discriminator {count(discriminator)} parameters")
-        print(f"{config.size} px, f = {config.factor}, L = {config.length}, K = {config.keep} of {keep_distribution(config)[0]}, "
-              f"d = {config.bits}; {config.max_steps} steps of {config.batch_size}")
-        print(f"{config.data}: train {train_set.describe()}; val {val_set.describe()}")
-
-    metrics_path = os.path.join(config.out, "metrics.jsonl")
-    if run.main:
-        trim_metrics(metrics_path, step)
-    bar = tqdm(total=config.max_steps, initial=step, disable=not run.main, dynamic_ncols=True)
-    logged_at, logged_step, unsaved, stopping, streak = time.time(), step, False, False, 0
-    while True:
-        # evaluate, draw, save: N steps make N + 1 passes here, so that the end is no special case
-        last = step == config.max_steps
-        if last or step % config.eval_every == 0 and step > 0 and not stopping:
-            scores = evaluate(ema, val_set, config, run)
-            if run.main:
-                append_metrics(metrics_path, step=step, **scores)
-                with disk_may_fail():
-                    draw_reconstructions(ema, val_set, config, run, os.path.join(config.out, f"recon_{step:07d}.png"))
-                    plot_curves(metrics_path, os.path.join(config.out, "curves.png"), CURVES)
-                bar.write(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-        if last or stopping or step > 0 and step % config.save_every == 0 or unsaved and step % config.log_every == 0:
-            unsaved = True  # until it is done: then it is tried again with the next line of the log
-            with disk_may_fail(must=last or stopping):
-                if run.main:
-                    save_checkpoint(os.path.join(config.out, "ckpt.pt"), "tokenizer", config.keep_last, step=step,
-                                    skipped=skipped, config=dataclasses.asdict(config), class_names=list(train_set.class_names),
-                                    model=raw_model.state_dict(), ema=ema.state_dict(), disc=discriminator.state_dict(),
-                                    optimizer=optimizer.state_dict(), disc_optimizer=disc_optimizer.state_dict(),
-                                    lecam=lecam, center=center)
-                unsaved = False
-        if last or stopping:
-            break
-
-        # one optimizer step of both networks, side by side
-        lr, keep = learning_rate(step, config), sample_keep(config, config.seed, step)
-        for group in optimizer.param_groups + disc_optimizer.param_groups:
-            group["lr"] = lr
-        gan_on = config.w_disc > 0 and step >= config.disc_start
-        ramp = min(1.0, (step - config.disc_start + 1) / max(1, config.disc_ramp)) if gan_on else 0.0
-        draws = torch.rand(config.batch_size, AUGMENT_DRAWS, generator=seeded(config.seed, step, 2))
-        raw_model.train()
-        new_lecam, new_center = torch.zeros_like(lecam), torch.zeros_like(center)
-        buffers = [b.clone() for b in raw_model.buffers()]  # running statistics, which the forward pass moves
-        weights = dict(rec=config.w_rec, perceptual=config.w_perceptual, commit=config.w_commit, entropy=config.w_entropy,
-                       recovery=config.w_recovery, align=config.w_align)
-        parts = [(images.to(run.device, non_blocking=True).contiguous(memory_format=torch.channels_last), labels)
-                 for images, labels in (next(stream) for _ in range(config.accum))]
-        each = [slice(m * micro, (m + 1) * micro) for m in range(config.accum)]            # rows of a micro-batch
-
-        # 1. bits. BitNorm, entropy and adaptive weight look at all images of the step. So with --accum all of them are
-        # encoded here without a graph, and again in 3., when the gradient of their bits is known (GradCache, 2101.06983)
-        with torch.set_grad_enabled(config.accum == 1), run.autocast():
-            encoded = [encoder(images, keep) for images, _ in parts]
-        bits = torch.cat([part[0] for part in encoded]).detach().float().requires_grad_()  # (accum b,K,d)
-        z = raw_model.bit_norm(bits)
-        q = quantise(z.detach()).requires_grad_()                                          # collects the decoder's gradient
-        sample_entropy, codebook_entropy = lfq_entropy(z, config.tau)
-        losses = dict(commit=F.mse_loss(z, z.detach().sign()), entropy=sample_entropy - codebook_entropy)
-        z_loss = sum(weights[name] * loss for name, loss in losses.items())
-        logs = {name: loss.detach() for name, loss in
-                dict(losses, entropy_sample=sample_entropy, entropy_codebook=codebook_entropy).items()}
-
-        # 2. decode, micro-batch by micro-batch. The adaptive weight needs the gradients of all: with --accum a sweep before
-        last_gradients = 0.0
-        for training in (False, True) if gan_on and config.accum > 1 else (True,):
-            for m, (images, _) in enumerate(parts):
-                with no_sync(not training or m < config.accum - 1, decoder, recovery, disc):
-                    source = encoded[m][1]
-                    with run.autocast():
-                        out, guess = decoder(unmerge(q[each[m]], source)).float(), recovery(q[each[m]]).float()
-                    losses = dict(rec=F.mse_loss(out, images), recovery=F.cross_entropy(guess.flatten(0, 1), source.flatten()))
-                    if config.perceptual != "none":
-                        losses["perceptual"] = perceptual(out, images).mean()
-                    if gan_on:
-                        discriminator.requires_grad_(False)
-                        with run.autocast():
-                            losses["gan"] = generator_loss(discriminator(out))
-                        discriminator.requires_grad_(True)
-                    if gan_on and not (training and config.accum > 1):
-                        pixel = config.w_rec * losses["rec"] + config.w_perceptual * losses.get("perceptual", 0.0)
-                        last_layer = raw_model.decoder.conv_out.weight
-                        last_gradients += last_layer_gradients(pixel, losses["gan"], last_layer) / config.accum
-                        weights["gan"] = config.w_disc * ramp * adaptive_weight(last_gradients)
-                    if not training:
-                        continue
-                    (sum(weights[name] * loss for name, loss in losses.items()) / config.accum).backward()
-                    if gan_on:
-                        with run.autocast():
-                            real, fake = disc(torch.cat([images, out.detach()])).chunk(2)
-                        losses["disc"], losses["lecam"] = discriminator_loss(real, fake), lecam_loss(real, fake, lecam)
-                        ((losses["disc"] + config.w_lecam * losses["lecam"]) / config.accum).backward()
-                        new_lecam += mean_over_ranks(torch.stack([real.detach().mean(), fake.detach().mean()])) / config.accum
-                    for name, loss in losses.items():
-                        logs[name] = logs.get(name, 0.0) + loss.detach() / config.accum
-
-        # 3. back through BitNorm and the encoder
-        torch.autograd.backward([z_loss, z], [None, q.grad])
-        for m, (images, labels) in enumerate(parts):
-            with no_sync(m < config.accum - 1, encoder, align_head):
-                with run.autocast():
-                    part = encoded[m] if config.accum == 1 else encoder(images, keep)
-                    student = None if align_head is None else align_head(part[2].float()).float()
-                loss = (part[0].float() * bits.grad[each[m]]).sum()                        # its gradient is bits.grad
-                if config.align == "label":
-                    align = F.cross_entropy(student, labels.to(run.device))
-                elif config.align != "none":  # view u is the training crop, view v is augmented strongly
-                    rows = slice((m * run.world + run.rank) * micro, (m * run.world + run.rank + 1) * micro)
-                    view = augment(images, draws[rows].to(run.device))
-                    with torch.no_grad(), run.autocast():
-                        teacher = (dinov2(view, config.teacher_size) if config.align == "dinov2"
-                                   else ema.align_head(ema.encode(view, keep).cls))
-                        teacher = teacher.float()
-                    if config.align == "dinov2":
-                        align = distill_loss(student, teacher)
-                    else:
-                        align = align_loss(student, teacher, center)
-                        new_center += mean_over_ranks(teacher.mean(0)) / config.accum
-                if config.align != "none":
-                    loss = loss + config.w_align * align / config.accum
-                    logs["align"] = logs.get("align", 0.0) + align.detach() / config.accum
-                loss.backward()
-        weighted = {"weighted_" + name: w * logs[name] for name, w in weights.items() if name in logs}
-        logs = dict(loss=sum(weighted.values()), **logs, **weighted)
-
-        if step == 0:  # in the dry run, with the discriminator
-            check_trained(raw_model.named_parameters(), optimizer)
-            if gan_on:
-                check_trained(discriminator.named_parameters(), disc_optimizer)
-        zero_rounding(raw_model)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.clip)
-        disc_norm = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip) if gan_on else norm
-        bad, stopping = any_rank(run, ~torch.isfinite(norm + disc_norm + sum(logs.values())), stop.asked)
-        if not bad:
-            streak = 0
-            optimizer.step()
-            update_ema(ema, raw_model, config.ema, step)
-            if config.align == "ema":
-                center.lerp_(new_center, 0.1)
-            if gan_on:
-                lecam.lerp_(new_lecam, 0.01 if disc_optimizer.state else 1.0)  # the first values are taken as they are
-                disc_optimizer.step()
-        else:  # a bad step changes nothing
-            skipped, streak = skipped + 1, streak + 1
-            check_bad(streak, step, config)
-            for buffer, before in zip(raw_model.buffers(), buffers):
-                buffer.copy_(before)
-        optimizer.zero_grad(set_to_none=True)
-        disc_optimizer.zero_grad(set_to_none=True)
-        step += 1
-        bar.update(1)
-
-        if step % config.log_every == 0 or step == config.max_steps:
-            logs = {name: mean_over_ranks(value).item() for name, value in logs.items()}
-            for name in train_set.check_skipped():
-                bar.write(f"unreadable image skipped: {name}")
-            speed = (step - logged_step) * config.batch_size / (time.time() - logged_at)
-            logged_at, logged_step = time.time(), step
-            if run.main:
-                codes = bits_to_codes(z)
-                usage, perplexity = code_statistics(torch.bincount(codes.flatten(), minlength=2 ** config.bits))
-                imbalance, dead = bit_statistics(codes, config.bits)
-                append_metrics(metrics_path, step=step, **logs, grad_norm=norm, lr=lr, keep=keep, usage=usage,
-                               perplexity=perplexity, bit_imbalance=imbalance, dead_bits=dead, images_per_s=speed,
-                               skipped=skipped)
-                bar.set_postfix(rec=f"{logs['rec']:.4f}", perp=f"{perplexity:.0f}", K=keep, im_s=f"{speed:.0f}", skipped=skipped)
-    bar.close()
-    return step
-
 
 if __name__ == "__main__":
     run_main(main)

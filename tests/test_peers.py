@@ -1,7 +1,8 @@
-"""The networks of public weight files against the public packages, at full size and random weights. Skipped where these are not
-installed; none of them is needed to run anything here:
+"""The networks of public weight files against the public packages, at full size and random
+weights. Skipped where these are not installed. None of them is needed to run anything here:
 
-    pip install torchvision lpips pytorch-fid scikit-image "transformers>=5" && python -m pytest -q -s tests/test_peers.py
+    pip install torchvision lpips pytorch-fid scikit-image "transformers>=5"
+    python -m pytest -q -s tests/test_peers.py
 """
 
 import os
@@ -19,7 +20,6 @@ from eval import FIDInception, frechet_distance, load_inception, ssim
 from test_weights import dino_shapes, images, random_tensors
 from tokenizer import load_dinov2, load_lpips
 
-
 def assert_equal(a, b, tolerance=1e-4):
     """To 1e-4 of the largest value; -s shows how near they are."""
     a, b = torch.as_tensor(a), torch.as_tensor(b)
@@ -28,29 +28,30 @@ def assert_equal(a, b, tolerance=1e-4):
     print(f" {apart:.0e}", end="")
     assert apart < tolerance  # nan fails
 
-
 @torch.no_grad()
 def test_lpips(tmp_path):
-    """A distance that is not comparable with published LPIPS numbers. The heads are the package's own file, v0.1."""
+    """A distance unlike published LPIPS. The heads are the package's own file, v0.1."""
     lpips = pytest.importorskip("lpips")
     theirs = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    trunk = {f"features.{name}": w for part in theirs.net.children() for name, w in part.state_dict().items()}
+    trunk = {f"features.{name}": w for part in theirs.net.children()
+             for name, w in part.state_dict().items()}
     torch.save(trunk, tmp_path / "vgg16.pth")
-    ours = load_lpips(os.path.join(os.path.dirname(lpips.__file__), "weights/v0.1/vgg.pth"), tmp_path / "vgg16.pth")
+    heads = os.path.join(os.path.dirname(lpips.__file__), "weights/v0.1/vgg.pth")
+    ours = load_lpips(heads, tmp_path / "vgg16.pth")
     for size in ((64, 64), (47, 81), (33, 16)):
         a, b = images(2, *size), images(2, *size, seed=1)
         assert_equal(ours(a, b), theirs(a, b).flatten())
 
-
 @torch.no_grad()
 def test_inception(tmp_path, monkeypatch):
-    """Features or logits that are not pytorch-fid's: it loads the same file, strictly, and its fc layer adds a bias."""
+    """Features or logits unlike pytorch-fid's. It loads the same file; its fc layer adds a bias."""
     package = pytest.importorskip("pytorch_fid.inception")
-    state = {name.removeprefix("trunk."): w for name, w in FIDInception().state_dict().items()}
-    state = {**state, **random_tensors({name: w.shape for name, w in state.items() if w.dim() > 0})}
+    state = FIDInception().state_dict()
+    state.update(random_tensors({name: w.shape for name, w in state.items() if w.dim() > 0}))
     torch.save(state, tmp_path / "inception.pth")
     monkeypatch.setattr(package, "load_state_dict_from_url", lambda *a, **k: state)
-    ours, theirs, fc = load_inception(tmp_path / "inception.pth"), package.InceptionV3([3]).eval(), package.fid_inception_v3().fc
+    ours = load_inception(tmp_path / "inception.pth")
+    theirs, fc = package.InceptionV3([3]).eval(), package.fid_inception_v3().fc
     for size in ((64, 64), (211, 333)):
         x = images(2, *size)
         features, logits = ours(x)
@@ -58,25 +59,25 @@ def test_inception(tmp_path, monkeypatch):
         assert_equal(features, expected)
         assert_equal(logits + fc.bias, fc(expected))
 
-
 @torch.no_grad()
-@pytest.mark.parametrize("size", ((518, 518), (98, 182), (28, 42)))
-def test_dinov2(tmp_path, monkeypatch, size):
-    """A teacher that is not DINOv2. transformers stretches the position table by the size alone; the published models by the
-    size + 0.1, which this test puts in its place."""
+@pytest.mark.parametrize("side", (518, 98, 28))
+def test_dinov2(tmp_path, monkeypatch, side):
+    """A teacher that is not DINOv2. transformers stretches the position table by the size, the
+    published models by the size + 0.1, which this test puts into it."""
     package = pytest.importorskip("transformers")
     width, heads = 192, 3  # of ViT-Ti: an eighth of the time
     monkeypatch.setattr(tokenizer, "DINOV2", dict(tokenizer.DINOV2, width=width, heads=heads))
     state = random_tensors(dino_shapes(**tokenizer.DINOV2))
     torch.save(state, tmp_path / "dinov2.pth")
-    config = package.Dinov2Config(hidden_size=width, num_hidden_layers=12, num_attention_heads=heads, patch_size=14,
-                                  image_size=518)
+    config = package.Dinov2Config(hidden_size=width, num_hidden_layers=12, image_size=518,
+                                  num_attention_heads=heads, patch_size=14)
     theirs, renamed = package.Dinov2Model(config).eval(), {}
     for name, w in state.items():
         for a, b in (("cls_token", "embeddings.cls_token"), ("mask_token", "embeddings.mask_token"),
                      ("pos_embed", "embeddings.position_embeddings"),
                      ("patch_embed.proj", "embeddings.patch_embeddings.projection"),
-                     ("blocks.", "encoder.layer."), ("attn.proj", "attention.o_proj"), ("attn.", "attention."),
+                     ("blocks.", "encoder.layer."), ("attn.proj", "attention.o_proj"),
+                     ("attn.", "attention."),
                      ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1")):
             name = name.replace(a, b)
         name = "layer" + name if name.startswith("norm.") else name
@@ -89,29 +90,33 @@ def test_dinov2(tmp_path, monkeypatch, size):
         if (height, width) == (518, 518):
             return position
         table = position[:, 1:].transpose(1, 2).unflatten(2, (37, 37))
-        table = F.interpolate(table, scale_factor=((height // 14 + 0.1) / 37, (width // 14 + 0.1) / 37), mode="bicubic")
+        scale = (height // 14 + 0.1) / 37, (width // 14 + 0.1) / 37
+        table = F.interpolate(table, scale_factor=scale, mode="bicubic")
         return torch.cat([position[:, :1], table.flatten(2).transpose(1, 2)], 1)
 
     theirs.embeddings.interpolate_pos_encoding = stretch
-    x = images(1, *size)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    assert_equal(load_dinov2(tmp_path / "dinov2.pth")(x), theirs(((x + 1) / 2 - mean) / std).last_hidden_state[:, 0])
-
+    x = images(1, side, side)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    expected = theirs(((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    ours = load_dinov2(tmp_path / "dinov2.pth")
+    assert_equal(ours(x, side), expected.last_hidden_state[:, 0])
 
 @pytest.mark.parametrize("num", (1000, 40))
 def test_frechet(num):
-    """A distance that is not pytorch-fid's; of 40 images in 64 dimensions, where the covariances are singular, too."""
+    """A distance that is not pytorch-fid's, also where the covariances are singular (40 < 64)."""
     package, rng = pytest.importorskip("pytorch_fid.fid_score"), np.random.default_rng(0)
     a, b = (rng.standard_normal((num, 64)) @ rng.standard_normal((64, 64)) for _ in range(2))
     statistics = [m for x in (a, b + 0.1) for m in (x.mean(0), np.cov(x, rowvar=False))]
-    assert_equal(frechet_distance(*statistics), package.calculate_frechet_distance(*statistics), 1e-6)
-
+    theirs = package.calculate_frechet_distance(*statistics)
+    assert_equal(frechet_distance(*statistics), theirs, 1e-6)
 
 def test_ssim():
     """Another window, range or border than scikit-image's with the settings of the 2004 paper."""
     package = pytest.importorskip("skimage.metrics")
     for size in ((32, 32), (11, 64), (47, 31)):
         a, b = images(2, *size), (images(2, *size) + 0.5 * images(2, *size, seed=1)).clamp(-1, 1)
-        theirs = [package.structural_similarity(*(t.double().numpy() for t in pair), channel_axis=0, data_range=2, sigma=1.5,
-                                                gaussian_weights=True, use_sample_covariance=False) for pair in zip(a, b)]
+        settings = dict(channel_axis=0, data_range=2, sigma=1.5, gaussian_weights=True,
+                        use_sample_covariance=False)
+        theirs = [package.structural_similarity(*(t.double().numpy() for t in pair), **settings)
+                  for pair in zip(a, b)]
         assert_equal(ssim(a, b), theirs)

@@ -1,9 +1,8 @@
-"""Tests of recovery.py: one property each, on the CPU. The docstring of a test names the bug that it catches.
+"""Tests of recovery.py: one property each. The docstring of a test names the bug it catches.
 
     python -m pytest -q tests/test_recovery.py
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -11,157 +10,149 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
-import generate
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import mergear
 import recovery
+import tokenizer
 from data import UserError
-from mergear import load_generator
-from recovery import load_recovery, teacher_forced
-from test_mergear import metrics, same, train, write_images, write_tokenizer
-from tokenizer import weights_hash
+from kills import MERGEAR, RECOVERY, ROOT, TOKENIZER, command, difference, read, write_images
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with images/, a tokenizer tok.pt, and a randar and a raster generator."""
+    """images/, a tokenizer, and a randar and a raster generator."""
     folder = tmp_path_factory.mktemp("recovery")
     write_images(folder / "images")
-    write_tokenizer(folder / "tok.pt", str(folder / "images"))
-    train(folder, "randar", "--mode", "randar", "--max-steps", "2")
-    train(folder, "raster", "--mode", "raster", "--max-steps", "1")
+    argv = dict(data=folder / "images", max_steps=2)
+    tokenizer.main(command(TOKENIZER, str(folder / "tokenizer"), **argv))
+    for mode in ("randar", "raster"):
+        argv = dict(tokenizer=folder / "tokenizer/ckpt.pt", mode=mode, max_steps=2)
+        mergear.main(command(MERGEAR, str(folder / mode), **argv))
     return folder
 
 
-def flags(place, out, *more):
-    return ["--generator", str(place / "randar/ckpt.pt"), "--device", "cpu", "--out", str(place / out), "--batch-size", "8",
-            "--max-steps", "4", "--warmup", "2", "--log-every", "1", "--save-every", "100", *more]
+def flags(place, out, **changes):
+    generator = place / "randar/ckpt.pt"
+    settings = {"generator": generator, "max_steps": 4, "eval_every": 100, **changes}
+    return command(RECOVERY, str(place / out), **settings)
 
 
-def finetune(place, out, *more):
-    recovery.main(flags(place, out, *more))
-    return torch.load(place / out / "ckpt.pt", weights_only=True)
+def finetune(place, out, **changes):
+    recovery.main(flags(place, out, **changes))
+    return read(place / out)
 
 
-def test_only_recovery_is_trained(place):
-    """Catches fine-tuning that moves the tokenizer or the generator, or stores more of them than their hashes."""
-    gpt, tokenizer = load_generator(place / "randar/ckpt.pt")
-    saved = finetune(place, "only", "--lr-schedule", "constant")
-    assert set(saved["model"]) == set(tokenizer.recovery.state_dict()) and not same(saved["model"], tokenizer.recovery.state_dict())
-    assert saved["tokenizer"] == weights_hash(tokenizer.state_dict()) and saved["generator"] == weights_hash(gpt.state_dict())
-    assert len(saved["optimizer"]["state"]) == len(list(tokenizer.recovery.parameters()))
-    before = weights_hash(tokenizer.state_dict())
-    tuned = load_recovery(str(place / "only/ckpt.pt"), tokenizer)
-    assert weights_hash(tokenizer.state_dict()) == before and same(saved["model"], tuned.state_dict())
-    assert not any(p.requires_grad for p in tuned.parameters()) and load_recovery("none", tokenizer) is tokenizer.recovery
+def test_only_recovery_changes(place):
+    """Fine-tuning that moves the tokenizer or the generator; old weights in the new file."""
+    state, _ = finetune(place, "only")
+    source = torch.load(place / "randar/ckpt.pt", weights_only=True)
+    assert difference(state["ema"], source["ema"]) is None
+    old, new = source["tokenizer"]["ema"], state["tokenizer"]["ema"]
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    parameters = {f"recovery.{name}" for name in state["recovery"]}
+    assert changed == parameters and old.keys() == new.keys()
 
 
-def test_accuracy_rises(place):
-    """Catches targets of other images or of another numbering: on data seen often, recovery must learn its source; and the
-    table must hold what the picture and the JSON hold."""
-    finetune(place, "long", "--max-steps", "150", "--lr", "3e-3", "--drawn", "0", "--eval-num", "6")
-    log = metrics(place, "long")
-    assert log[-1]["accuracy"] > log[0]["accuracy"] + 0.3 and log[-1]["loss"] < log[0]["loss"]
-    with open(place / "long/recovery.json") as f:
-        results = json.load(f)["results"]
-    assert results["true"]["accuracy"] == 1 and set(results) == {"true", "before", "after", "best constant", "even spread"}
-    assert Image.open(place / "long/recovery.png").height >= 7 * 128
+def test_its_checkpoint_is_a_generator(place):
+    """A checkpoint that generate.py cannot read, or whose recovery is the old one."""
+    finetune(place, "used", max_steps=30, lr=1e-2)
+    gpt, old = mergear.load_generator(place / "randar/ckpt.pt")
+    same, new = mergear.load_generator(place / "used/ckpt.pt")
+    assert difference(gpt.state_dict(), same.state_dict()) is None
+    assert gpt.config == same.config
+    codes, first = mergear.sample_codes(gpt, torch.zeros(8, dtype=torch.long))
+    assert not torch.equal(old.recover(codes, first), new.recover(codes, first))
 
 
-def test_measurements_equal_the_definition(place):
-    """Catches a predicted source measured with another batch's codes: --batch-size must not matter."""
-    rows = []
-    for size in ("4", "8"):
-        finetune(place, "measure", "--max-steps", "0", "--epochs", "1", "--batch-size", size, "--lr", "0", "--overwrite")
-        with open(place / "measure/recovery.json") as f:
-            rows.append(json.load(f)["results"])
-    _, tokenizer = load_generator(place / "randar/ckpt.pt")
-    dataset = recovery.build_dataset(str(place / "images"), "val", 8, train=False)
-    images = torch.stack([dataset[i][0] for i in range(len(dataset))])
-    e = tokenizer.encode(images)
-    expected = recovery.source_accuracy(tokenizer.recover(e.codes), e.source)
-    for row in rows:
-        assert row["before"] == row["after"] and row["before"]["accuracy"] == pytest.approx(expected)
-        assert row["true"]["psnr"] == pytest.approx(recovery.psnr(tokenizer.decode(e.codes, e.source), images).mean().item(), rel=1e-5)
+def test_accuracy_rises(place, capsys):
+    """Targets of another numbering: what is seen often must be learnt; a "before" in the table
+    that is the new recovery."""
+    _, rows = finetune(place, "long", max_steps=200, lr=3e-2, drawn=0, batch_size=16)
+    start, *_, end = [row["val_accuracy"] for row in rows if "val_psnr" in row]
+    rows = [row for row in rows if "loss" in row]
+    assert rows[-1]["accuracy"] > rows[0]["accuracy"] + 0.2
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    output = capsys.readouterr().out
+    assert "source true     100.0%" in output
+    assert f"source before   {start:6.1%}" in output and "source nearest" in output
+    assert f"source after    {end:6.1%}" in output and start != end
 
 
-def test_teacher_forced_codes_are_by_rank():
-    """Catches codes left in the order of the sequence: a generator that is sure of the true codes must give them back; and
-    one that knows nothing must draw all codes equally often."""
-    class Sure(torch.nn.Module):
-        config = mergear.GPTConfig(mode="randar", bits=11, length=16)
+class Oracle(torch.nn.Module):
+    """A generator that is sure of the true codes, or knows nothing."""
+    config = mergear.GPTConfig(mode="randar", bits=11, length=16)
 
-        def forward(self, codes, labels, keep, order):
-            return [F.one_hot(sub, 2 ** n) * 1e3 * self.certainty
-                    for sub, n in zip(mergear.split_codes(codes, self.config.sub_bits).unbind(-1), self.config.sub_bits)]
+    def __init__(self, certainty):
+        super().__init__()
+        self.certainty = certainty
 
-    gpt, g = Sure(), torch.Generator().manual_seed(0)
-    codes, labels = torch.randint(2 ** 11, (200, 6), generator=g), torch.zeros(200, dtype=torch.long)
-    order = mergear.draw_orders(gpt.config, 200, 6, g)
-    gpt.certainty = 1
-    assert torch.equal(teacher_forced(gpt, codes, labels, 6, order, g), codes)
-    gpt.certainty = 0
-    drawn = teacher_forced(gpt, codes, labels, 6, order, g)
-    assert (drawn != codes).float().mean() > 0.99 and abs(drawn.float().mean() / 2 ** 10 - 1) < 0.1
-    assert drawn.min() >= 0 and drawn.max() < 2 ** 11
+    def forward(self, codes, labels, keep, first):
+        subs = mergear.split_codes(codes, self.config.sub_bits).unbind(-1)
+        logits = [F.one_hot(sub, 2 ** n) for sub, n in zip(subs, self.config.sub_bits)]
+        return [part * self.certainty for part in logits], None
+
+
+def test_teacher_forced_codes_are_by_position():
+    """Codes that stay in the order of the sequence; codes that are copied instead of drawn."""
+    dice = torch.Generator().manual_seed(0)
+    B, K, L = 200, 6, 16
+    first = torch.arange(K)
+    source = torch.cat([first, first.new_full((L - K,), K - 1)]).expand(B, L)
+    codes = torch.randint(2 ** 11, (B, K), generator=dice)
+    order = mergear.draw_orders(Oracle.config, B, K, dice)
+    noise = torch.rand(B, K, len(Oracle.config.sub_bits), generator=dice)
+    labels = torch.zeros(B, dtype=torch.long)
+    inputs = codes.gather(1, source), source, labels, K, order, noise
+    assert torch.equal(recovery.teacher_forced(Oracle(1e3), *inputs), codes)
+    drawn = recovery.teacher_forced(Oracle(0.0), *inputs)
+    assert (drawn != codes).float().mean() > 0.99
+    assert abs(drawn.float().mean() / 2 ** 10 - 1) < 0.1
+
+
+def test_nearest_first_position():
+    """Distances along the raster line instead of on the grid; a token that starts later."""
+    first = torch.tensor([[0, 3, 9]])
+    source = recovery.nearest_first(first, 16)
+    assert source[0, :11].tolist() == [0, 0, 0, 1, 0, 0, 1, 1, 0, 2, 2]
+    assert source[0, 12:].tolist() == [2, 2, 2, 2]
+
+
+def test_the_drawn_codes_matter(place):
+    """A --drawn that is parsed and never used."""
+    none, all_of_them = finetune(place, "d0", drawn=0), finetune(place, "d1", drawn=1)
+    assert difference(none[0]["recovery"], all_of_them[0]["recovery"])
 
 
 def test_resumed_run_is_the_same_run(place):
-    """Catches state that a checkpoint forgets: 4 steps must equal 2 + resume + 2 bit for bit."""
-    straight = finetune(place, "straight", "--lr-schedule", "constant")
-    finetune(place, "broken", "--lr-schedule", "constant", "--max-steps", "2")
-    resumed = finetune(place, "broken", "--lr-schedule", "constant", "--resume")
-    assert same(straight["model"], resumed["model"])
+    """State that a checkpoint forgets: 4 steps must equal 2 + resume + 2 bit for bit."""
+    constant = dict(lr_schedule="constant")
+    straight = finetune(place, "straight", **constant)
+    finetune(place, "broken", max_steps=2, **constant)
+    resumed = finetune(place, "broken", resume=True, **constant)
+    assert difference(straight[0], resumed[0]) is None
 
 
 def test_two_processes_equal_one(place):
-    """Catches ranks that see the same images or draw the same codes for theirs, and gradients averaged wrongly."""
-    one = finetune(place, "one", "--lr-schedule", "constant", "--drawn", "0", "--max-steps", "2")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           os.path.join(ROOT, "recovery.py"), *flags(place, "two", "--lr-schedule", "constant", "--drawn", "0", "--max-steps", "2")],
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    """Ranks that see the same images or draw other codes; gradients averaged wrongly."""
+    one, rows_one = finetune(place, "one", lr_schedule="constant", max_steps=3)
+    argv = flags(place, "two", lr_schedule="constant", max_steps=3)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([sys.executable, *launch, f"{ROOT}/recovery.py", *argv],
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    two = torch.load(place / "two/ckpt.pt", weights_only=True)
-    for name, p in one["model"].items():
-        assert torch.allclose(p, two["model"][name], atol=2e-5), name
+    two, rows_two = read(place / "two")
+    for name, value in one["recovery"].items():
+        torch.testing.assert_close(two["recovery"][name], value, rtol=0, atol=2e-5)
+    for a, b in zip(rows_one, rows_two, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
 
 
-def test_generate_uses_the_fine_tuned_recovery(place, tmp_path, monkeypatch, capsys):
-    """Catches a --recovery that is read and not used, one of another tokenizer taken silently, and a default that only
-    works where it was trained."""
-    finetune(place, "use", "--max-steps", "60", "--lr", "3e-3")
-    monkeypatch.chdir(tmp_path)
-    pictures = []
-    for n, flag in enumerate(("none", "auto", str(place / "use/ckpt.pt"))):
-        generate.main(["--ckpt", str(place / "randar/ckpt.pt"), "--num", "4", "--device", "cpu", "--recovery", flag, "--out", f"g{n}",
-                       "--npz", f"g{n}.npz"])
-        with open(f"g{n}.npz", "rb") as f:
-            pictures.append(f.read())
-    assert pictures[0] == pictures[1] != pictures[2] and "source recovery from" in capsys.readouterr().out
-    os.makedirs("out/recovery")
-    os.symlink(place / "use/ckpt.pt", "out/recovery/ckpt.pt")
-    generate.main(["--ckpt", str(place / "randar/ckpt.pt"), "--num", "4", "--device", "cpu", "--out", "g3", "--npz", "g3.npz"])
-    with open("g3.npz", "rb") as f:
-        assert f.read() == pictures[2]
-    write_tokenizer(place / "other.pt", str(place / "images"), seed=1)
-    train(place, "other", "--mode", "randar", "--max-steps", "1", tokenizer="other.pt")
-    generate.main(["--ckpt", str(place / "other/ckpt.pt"), "--num", "4", "--device", "cpu", "--out", "g4"])
-    assert "another tokenizer: not used" in capsys.readouterr().out
-    with pytest.raises(UserError, match="another tokenizer"):
-        generate.main(["--ckpt", str(place / "other/ckpt.pt"), "--num", "4", "--recovery", str(place / "use/ckpt.pt")])
-
-
-@pytest.mark.parametrize("more, message", [(("--generator", "none.pt"), "no checkpoint at none.pt"), (("--keep", "5"), "not one of the generator's"),
-                                           (("--drawn", "1.5"), "at most 1"), (("--nope",), "unrecognized")])
-def test_bad_flags(place, more, message):
-    """Catches a bad flag that ends in a traceback, or that leaves a folder behind."""
-    with pytest.raises(UserError, match=message):
-        recovery.main(flags(place, "bad", *more))
-    with pytest.raises(UserError, match="raster model, which needs no source recovery"):
-        recovery.main(flags(place, "bad", "--generator", str(place / "raster/ckpt.pt")))
-    assert not (place / "bad").exists()
+def test_another_mode_is_refused(place):
+    """A traceback, or a run that trains what raster generation never uses."""
+    with pytest.raises(UserError, match="raster model, which needs no recovery"):
+        recovery.main(flags(place, "bad", generator=place / "raster/ckpt.pt"))
