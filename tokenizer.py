@@ -1111,8 +1111,8 @@ class LPIPS(nn.Module):
     def stages(self, x):
         """Unit-length features after each stage, a list of (B,C,h,w)."""
         x, outputs = (x.float() - self.shift) / self.scale, []
-        for layer in [*self.features, nn.MaxPool2d(2)]:
-            if isinstance(layer, nn.MaxPool2d):  # the end of a stage
+        for layer in [*self.features, nn.Identity()]:
+            if isinstance(layer, (nn.MaxPool2d, nn.Identity)):  # the end of a stage
                 length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
                 outputs.append(x / (length + 1e-10))
             x = layer(x)
@@ -1132,8 +1132,8 @@ def load_lpips(lpips_path, vgg_path, device="cpu", widths=VGG16):
                  convert=lambda state: {name.removeprefix("features."): tensor
                                         for name, tensor in state.items()})
     load_weights("lpips", lpips_path, net.heads,
-                 convert=lambda state: {name[3:].split(".")[0]: tensor
-                                        for name, tensor in state.items()})
+                 convert=lambda state: {name.removeprefix("lin").removesuffix(".model.1.weight"):
+                                        tensor for name, tensor in state.items()})
     net = net.to(device, memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
 
