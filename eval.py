@@ -66,7 +66,7 @@ from data import (Metrics, Parser, RunConfig, UserError, adamw, arg, batches, bu
 from mergear import GPT, MODES, GPTConfig, draw_images, load_generator, sample_codes
 from tokenizer import (MergeVQ, ResBlock, TokenizerConfig, bit_balance, code_statistics,
                        codes_to_bits, first_position_of_token, lfq_entropy, load_lpips,
-                       load_tokenizer, load_weights, merge_schedule, psnr)
+                       load_tokenizer, load_weights, merge_schedule, nearest_first, psnr)
 
 # -----------------------------------------------------------------------------
 # Metrics: plain functions of tensors or arrays
@@ -221,104 +221,58 @@ class ConvNorm(nn.Module):
 def average_pool(x):  # as in TensorFlow, the average leaves the padding out
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
-class MixedA(nn.Module):
-    """Grid of 35 x 35. All widths are divided by w, here and below."""
+class Mixed(nn.Module):
+    """Branches side by side, joined along the channels: (B,c,h,w) -> (B,*,h',w').
 
-    def __init__(self, c, pool, w):
+    branches: {name: [(width, kernel), ...]}, one convolution after the other. A list of kernels
+    is a fork: its convolutions read the same input. branch_pool reads the pooled input. With
+    reduce each branch ends with stride 2, and one more branch is the maximum of the input.
+    """
+
+    def __init__(self, c, branches, shrink, reduce=False, pool=average_pool):
         super().__init__()
-        self.branch1x1 = ConvNorm(c, 64 // w, 1)
-        self.branch5x5_1 = ConvNorm(c, 48 // w, 1)
-        self.branch5x5_2 = ConvNorm(48 // w, 64 // w, 5)
-        self.branch3x3dbl_1 = ConvNorm(c, 64 // w, 1)
-        self.branch3x3dbl_2 = ConvNorm(64 // w, 96 // w, 3)
-        self.branch3x3dbl_3 = ConvNorm(96 // w, 96 // w, 3)
-        self.branch_pool = ConvNorm(c, pool // w, 1)
+        self.reduce, self.pool, self.branches = reduce, pool, {}
+        for branch, convs in branches.items():
+            width_in, self.branches[branch] = c, []
+            for i, (width, kernels) in enumerate(convs):
+                width = width // shrink
+                kernels = kernels if isinstance(kernels, list) else [kernels]
+                stride = 2 if reduce and i == len(convs) - 1 else 1
+                names = []
+                for letter, kernel in zip("ab", kernels):
+                    name = f"{branch}_{i + 1}" if len(convs) > 1 else branch
+                    name += letter if len(kernels) > 1 else ""
+                    self.add_module(name, ConvNorm(width_in, width, kernel, stride))
+                    names.append(name)
+                self.branches[branch].append(names)
+                width_in = width
 
     def forward(self, x):
-        five = self.branch5x5_2(self.branch5x5_1(x))
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        pool = self.branch_pool(average_pool(x))
-        return torch.cat([self.branch1x1(x), five, three, pool], dim=1)
+        joined = [F.max_pool2d(x, 3, stride=2)] if self.reduce else []
+        outputs = []
+        for branch, steps in self.branches.items():
+            y = self.pool(x) if branch == "branch_pool" else x
+            for names in steps[:-1]:
+                y = self.get_submodule(names[0])(y)
+            outputs += [self.get_submodule(name)(y) for name in steps[-1]]
+        return torch.cat(outputs + joined, dim=1)
 
-class MixedB(nn.Module):
-    """35 x 35 to 17 x 17."""
+def mixed_a(pool):  # 35 x 35
+    return dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
+                branch3x3dbl=[(64, 1), (96, 3), (96, 3)], branch_pool=[(pool, 1)])
 
-    def __init__(self, c, w):
-        super().__init__()
-        self.branch3x3 = ConvNorm(c, 384 // w, 3, stride=2)
-        self.branch3x3dbl_1 = ConvNorm(c, 64 // w, 1)
-        self.branch3x3dbl_2 = ConvNorm(64 // w, 96 // w, 3)
-        self.branch3x3dbl_3 = ConvNorm(96 // w, 96 // w, 3, stride=2)
+def mixed_c(c):  # 17 x 17: 7x7 convolutions as pairs of 1x7 and 7x1
+    across, down = (1, 7), (7, 1)
+    return dict(branch1x1=[(192, 1)], branch7x7=[(c, 1), (c, across), (192, down)],
+                branch7x7dbl=[(c, 1), (c, down), (c, across), (c, down), (192, across)],
+                branch_pool=[(192, 1)])
 
-    def forward(self, x):
-        three = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
-        return torch.cat([self.branch3x3(x), three, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-class MixedC(nn.Module):
-    """Grid of 17 x 17: 7x7 convolutions as pairs of 1x7 and 7x1."""
-
-    def __init__(self, c, mid, w):
-        super().__init__()
-        mid, out = mid // w, 192 // w
-        self.branch1x1 = ConvNorm(c, out, 1)
-        self.branch7x7_1 = ConvNorm(c, mid, 1)
-        self.branch7x7_2 = ConvNorm(mid, mid, (1, 7))
-        self.branch7x7_3 = ConvNorm(mid, out, (7, 1))
-        self.branch7x7dbl_1 = ConvNorm(c, mid, 1)
-        self.branch7x7dbl_2 = ConvNorm(mid, mid, (7, 1))
-        self.branch7x7dbl_3 = ConvNorm(mid, mid, (1, 7))
-        self.branch7x7dbl_4 = ConvNorm(mid, mid, (7, 1))
-        self.branch7x7dbl_5 = ConvNorm(mid, out, (1, 7))
-        self.branch_pool = ConvNorm(c, out, 1)
-
-    def forward(self, x):
-        seven = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
-        twice = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        twice = self.branch7x7dbl_5(self.branch7x7dbl_4(twice))
-        pool = self.branch_pool(average_pool(x))
-        return torch.cat([self.branch1x1(x), seven, twice, pool], dim=1)
-
-class MixedD(nn.Module):
-    """17 x 17 to 8 x 8."""
-
-    def __init__(self, c, w):
-        super().__init__()
-        self.branch3x3_1 = ConvNorm(c, 192 // w, 1)
-        self.branch3x3_2 = ConvNorm(192 // w, 320 // w, 3, stride=2)
-        self.branch7x7x3_1 = ConvNorm(c, 192 // w, 1)
-        self.branch7x7x3_2 = ConvNorm(192 // w, 192 // w, (1, 7))
-        self.branch7x7x3_3 = ConvNorm(192 // w, 192 // w, (7, 1))
-        self.branch7x7x3_4 = ConvNorm(192 // w, 192 // w, 3, stride=2)
-
-    def forward(self, x):
-        three = self.branch3x3_2(self.branch3x3_1(x))
-        seven = self.branch7x7x3_2(self.branch7x7x3_1(x))
-        seven = self.branch7x7x3_4(self.branch7x7x3_3(seven))
-        return torch.cat([three, seven, F.max_pool2d(x, 3, stride=2)], dim=1)
-
-class MixedE(nn.Module):
-    """Grid of 8 x 8: branches that fork. The last block pools by the maximum."""
-
-    def __init__(self, c, w, pool):
-        super().__init__()
-        out, self.pool = 384 // w, pool
-        self.branch1x1 = ConvNorm(c, 320 // w, 1)
-        self.branch3x3_1 = ConvNorm(c, out, 1)
-        self.branch3x3_2a = ConvNorm(out, out, (1, 3))
-        self.branch3x3_2b = ConvNorm(out, out, (3, 1))
-        self.branch3x3dbl_1 = ConvNorm(c, 448 // w, 1)
-        self.branch3x3dbl_2 = ConvNorm(448 // w, out, 3)
-        self.branch3x3dbl_3a = ConvNorm(out, out, (1, 3))
-        self.branch3x3dbl_3b = ConvNorm(out, out, (3, 1))
-        self.branch_pool = ConvNorm(c, 192 // w, 1)
-
-    def forward(self, x):
-        three = self.branch3x3_1(x)
-        three = [self.branch3x3_2a(three), self.branch3x3_2b(three)]
-        twice = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        twice = [self.branch3x3dbl_3a(twice), self.branch3x3dbl_3b(twice)]
-        pool = self.branch_pool(self.pool(x))
-        return torch.cat([self.branch1x1(x), *three, *twice, pool], dim=1)
+FORK = [(1, 3), (3, 1)]
+MIXED_B = dict(branch3x3=[(384, 3)], branch3x3dbl=[(64, 1), (96, 3), (96, 3)])  # to 17 x 17
+MIXED_D = dict(branch3x3=[(192, 1), (320, 3)],                                  # to 8 x 8
+               branch7x7x3=[(192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3)])
+MIXED_E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, FORK)],         # 8 x 8
+               branch3x3dbl=[(448, 1), (384, 3), (384, FORK)], branch_pool=[(192, 1)])
 
 class FIDInception(nn.Module):
     """images (B,3,H,W) in [-1,1] of any size -> features (B,2048), logits (B,1008), float32.
@@ -336,17 +290,18 @@ class FIDInception(nn.Module):
         self.Conv2d_2b_3x3 = ConvNorm(32 // w, 64 // w, 3)
         self.Conv2d_3b_1x1 = ConvNorm(64 // w, 80 // w, 1)
         self.Conv2d_4a_3x3 = ConvNorm(80 // w, 192 // w, 3, padding=0)
-        self.Mixed_5b = MixedA(192 // w, 32, w)
-        self.Mixed_5c = MixedA(256 // w, 64, w)
-        self.Mixed_5d = MixedA(288 // w, 64, w)
-        self.Mixed_6a = MixedB(288 // w, w)
-        self.Mixed_6b = MixedC(768 // w, 128, w)
-        self.Mixed_6c = MixedC(768 // w, 160, w)
-        self.Mixed_6d = MixedC(768 // w, 160, w)
-        self.Mixed_6e = MixedC(768 // w, 192, w)
-        self.Mixed_7a = MixedD(768 // w, w)
-        self.Mixed_7b = MixedE(1280 // w, w, average_pool)
-        self.Mixed_7c = MixedE(2048 // w, w, nn.MaxPool2d(3, stride=1, padding=1))
+        max_pool = nn.MaxPool2d(3, stride=1, padding=1)
+        self.Mixed_5b = Mixed(192 // w, mixed_a(32), w)
+        self.Mixed_5c = Mixed(256 // w, mixed_a(64), w)
+        self.Mixed_5d = Mixed(288 // w, mixed_a(64), w)
+        self.Mixed_6a = Mixed(288 // w, MIXED_B, w, reduce=True)
+        self.Mixed_6b = Mixed(768 // w, mixed_c(128), w)
+        self.Mixed_6c = Mixed(768 // w, mixed_c(160), w)
+        self.Mixed_6d = Mixed(768 // w, mixed_c(160), w)
+        self.Mixed_6e = Mixed(768 // w, mixed_c(192), w)
+        self.Mixed_7a = Mixed(768 // w, MIXED_D, w, reduce=True)
+        self.Mixed_7b = Mixed(1280 // w, MIXED_E, w)
+        self.Mixed_7c = Mixed(2048 // w, MIXED_E, w, pool=max_pool)
         self.fc = nn.Linear(2048 // w, 1008)
 
     def forward(self, images):
@@ -377,13 +332,13 @@ CLASSIFIER = "out/classifier/ckpt.pt"
 class Classifier(nn.Module):
     """Small residual CNN: images (B,3,size,size) -> features (B,D), logits (B,C)."""
 
-    def __init__(self, size, num_classes):
+    def __init__(self, size, num_classes, width=32):
         super().__init__()
-        layers, c = [nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, stride=2, padding=1)], 64
+        layers, c = [nn.Conv2d(3, width, 3, stride=2, padding=1)], width
         for i in range(max(2, round(math.log2(size / 4)))):  # the last stage: about 4 x 4
-            width = min(64 * 2 ** i, 256)
-            layers += [nn.AvgPool2d(2)] * (i > 0) + [ResBlock(c, width, groups=8)]
-            c = width
+            c_out = width * min(2 ** i, 4)
+            layers += [nn.AvgPool2d(2)] * (i > 0) + [ResBlock(c, c_out, groups=8)]
+            c = c_out
         self.features = nn.Sequential(*layers, nn.GroupNorm(8, c), nn.SiLU())
         self.to_logits = nn.Linear(c, num_classes)
 
@@ -394,7 +349,8 @@ class Classifier(nn.Module):
 def load_classifier(path, device="cpu"):
     """Checkpoint of train-classifier -> (Classifier, frozen, in eval mode; its other entries)."""
     state = load_checkpoint(path, "classifier")
-    model = Classifier(state["config"]["size"], state["config"]["num_classes"])
+    config = state["config"]
+    model = Classifier(config["size"], config["num_classes"], config.get("width", 32))
     load_parts(path, state, model=model)
     return model.to(device).eval().requires_grad_(False), state
 
@@ -475,7 +431,7 @@ def train_classifier(args, argv):
     args.warmup = args.max_steps // 10
     open_out(args, run, "classifier")
     torch.manual_seed(args.seed)
-    model = Classifier(args.size, train_set.num_classes).to(run.device)
+    model = Classifier(args.size, train_set.num_classes, args.width).to(run.device)
     optimizer = adamw(model.parameters(), args, betas=(0.9, 0.99))
     stream = batches(train_set, args, run)
     bar = tqdm(range(args.max_steps), dynamic_ncols=True)
@@ -540,28 +496,20 @@ def write_results(args, argv, run, unreadable=(), **results):
     os.replace(f"{path}.tmp", path)
     print(f"wrote {path}")
 
-def print_table(rows, columns):
-    """rows: dicts; columns: {key: format}. A key that a row lacks is printed as -."""
-    columns = {key: form for key, form in columns.items() if any(key in row for row in rows)}
-    cells = [[key.replace("_", " ") for key in columns]]
+def print_table(rows):
+    """Dicts -> aligned columns, in the order of the keys. A missing key is printed as -."""
+    columns = [key for key in dict.fromkeys(key for row in rows for key in row)
+               if not any(isinstance(row.get(key), dict) for row in rows)]
+    lines = [[key.replace("_", " ") for key in columns]]
     for row in rows:
-        cells.append([format(row[key], form) if key in row else "-"
-                      for key, form in columns.items()])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for line in cells:
+        values = [row.get(key, "-") for key in columns]
+        lines.append([f"{x:.4g}" if isinstance(x, float) else str(x) for x in values])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for line in lines:
         print("  ".join(text.rjust(width) for text, width in zip(line, widths)))
 
 # -----------------------------------------------------------------------------
 # recon and maps: how well the tokenizer gives images back, and which patches merge
-
-def nearest_first(first, length):
-    """The source without a network: the nearest first position that is not later. -> (B,L)"""
-    side = math.isqrt(length)
-    position = torch.arange(length, device=first.device)[:, None]             # (L,1)
-    first = first[:, None]                                                    # (B,1,K)
-    down, across = position // side - first // side, position % side - first % side
-    distance = (down ** 2 + across ** 2).masked_fill(first > position, 2 * length)
-    return distance.argmin(dim=-1)                                            # (B,L,K) -> (B,L)
 
 def source_maps(model, encoded):
     """{name: source (B,L)}: the true map, the predicted one (Eq. 8), and one without a network."""
@@ -626,8 +574,6 @@ def reconstruct(model, dataset, keeps, args, run, features=None, lpips=None, nam
     return rows, record
 
 PSNR_OF_EQUAL = 999.0
-QUALITY = dict(keep="", source="", accuracy=".2%", psnr=".2f", ssim=".4f", lpips=".4f")
-CODES = dict(usage=".1%", perplexity=".1f", bit_imbalance=".3f", dead_bits="", recovery=".2%")
 
 def recon(args, argv):
     model, dataset, run = open_tokenizer(args)
@@ -640,8 +586,7 @@ def recon(args, argv):
     rows, record = reconstruct(model, dataset, keeps, args, run, features, lpips)
     if not run.main:
         return
-    fd = {features.r_name(args.num): ".4f"} if features else {}
-    print_table(rows, dict(QUALITY, **CODES, **fd))
+    print_table(rows)
     write_results(args, argv, run, dataset.unreadable(), size=config.size, bits=config.bits,
                   tokenizer=weights_hash(model.state_dict()), **record, results=rows)
     images, rows = pick_images(dataset, 8, args.seed), []
@@ -891,8 +836,7 @@ def gen(args, argv):
             accurate = {**features.record, **record}.get(name)
             if accurate is not None:
                 print(f"{name.replace('_', ' ')} of the classifier: {accurate:.1%}")
-        form = {fd: ".3f", score: ".3f", f"{score}_std": ".2f"}
-        print_table(results, dict(cfg="", **form, precision=".3f", recall=".3f", agreement=".1%"))
+        print_table(results)
         write_results(args, argv, run, size=size, **record, **features.record, **reference,
                       results=results)
 
@@ -1050,8 +994,7 @@ def probe(args, argv):
                             train_top1=top1[0], val_top1=top1[1]))
     print(f"linear probe ({args.protocol}) of {train_set.num_classes} classes: "
           f"{len(train_labels)} training and {args.num} val images")
-    print_table(results, dict(encoder="", features="", keep="", dimensions="", train_top1=".2%",
-                              val_top1=".2%"))
+    print_table(results)
     unreadable = {*train_set.unreadable(), *val_set.unreadable()}
     write_results(args, argv, run, unreadable, size=config.size, align=config.align,
                   tokenizer=weights_hash(model.state_dict()), train_num=len(train_labels),
@@ -1260,10 +1203,10 @@ def sweep(args, argv):
             row["encoder_gmacs"] = multiply_adds(model.encoder, config.size, row["keep"]) / 1e9
     if not run.main:
         return
-    fd = {features.r_name(args.num): ".4f"} if features else {}
-    columns = dict(psnr=".2f", **fd, probe_top1=".2%", encoder_gmacs=".4g")
-    print_table(rows, dict(keep="", **columns))
-    plot_rows(rows, f"{args.out}/sweep.png", list(columns), x="keep")
+    print_table(rows)
+    columns = ["psnr", *([features.r_name(args.num)] if features else [])]
+    columns += ["probe_top1", "encoder_gmacs"]
+    plot_rows(rows, f"{args.out}/sweep.png", columns, x="keep")
     write_results(args, argv, run, dataset.unreadable(), size=config.size, protocol=args.protocol,
                   tokenizer=weights_hash(model.state_dict()), **record, epochs=args.epochs,
                   lr=args.lr, train_num=len(train_labels), results=rows)
@@ -1276,8 +1219,7 @@ def ablate_source(args, argv):
     rows, record = reconstruct(model, dataset, args.keep or [config.keep], args, run, features,
                                names=("true", "predicted", "nearest first"))
     if run.main:
-        fd = {features.r_name(args.num): ".4f"} if features else {}
-        print_table(rows, dict(QUALITY, **fd))
+        print_table(rows)
         write_results(args, argv, run, dataset.unreadable(), size=config.size,
                       tokenizer=weights_hash(model.state_dict()), **record, results=rows)
 
@@ -1372,7 +1314,7 @@ def speed(args, argv):
     rows.append(dict(what="KV cache, rows seen", name="mergear", value=used, unit="rows",
                      ratio=2 * used / full))  # raster sees half of its rows on average
     if run.main:
-        print_table(rows, dict(what="", name="", value=",.1f", unit="", ratio=".2f"))
+        print_table(rows)
         args.ckpt, args.data, args.num = "", "", B
         write_results(args, argv, run, threads=torch.get_num_threads(), **sizes, results=rows)
 
@@ -1422,9 +1364,11 @@ FLAGS = [  # name, type, default, help, commands, then choices or range
     ("lr", float, 0.1, "initial rate of --protocol paper", "probe sweep", dict(low=0)),
     ("size", int, 32, "image side in pixels", "train-classifier", dict(low=8)),
     ("size", int, 0, "image side in pixels; 0: the classifier's", "stats", dict(low=0)),
-    ("max_steps", int, 300, "optimizer steps; 0: --epochs", "train-classifier", dict(low=0)),
+    ("max_steps", int, 600, "optimizer steps; 0: --epochs", "train-classifier", dict(low=0)),
     ("epochs", int, 30, "passes over the data", "train-classifier", dict(low=1)),
     ("lr", float, 3e-3, "peak learning rate", "train-classifier", dict(low=0)),
+    ("width", int, 32, "channels of the first stage; 64 suits photographs", "train-classifier",
+     dict(low=8)),
     ("overwrite", bool, False, "replace the classifier in --out", "train-classifier"),
     ("length", int, 256, "codes of an image L, a square", "speed", dict(low=4)),
     ("keep", int, 64, "merge count K", "speed", dict(low=2)),

@@ -347,7 +347,7 @@ def test_stats_and_gen_agree(judge, folder, tmp_path):
         assert record["real_images"] == record["num"] == 36
     assert rows[0] == rows[1] and rows[0]["precision"] == rows[0]["recall"] == 1
     assert rows[0]["fd-36"] == pytest.approx(0, abs=1e-6 * features.var(0).sum())
-    wrong = [dict(features_hash="other"), dict(size=32), dict(mu=np.zeros(64)),
+    wrong = [dict(features_hash="other"), dict(size=32), dict(mu=np.zeros(63)),
              dict(arr_0=np.zeros((4, 16)))]
     for change in wrong:
         np.savez(other, **{**arrays, **change})
