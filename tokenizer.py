@@ -48,14 +48,14 @@ from data import (AUGMENT_DRAWS, Metrics, RunConfig, UserError, adamw, arg, augm
                   start_run, step_if_finite, subset, update_ema, val_batches)
 
 # -----------------------------------------------------------------------------
-# Config: the paper's Table A1 as a table. Every field is a flag.
+# Config: Table A1 as a table. Every field is a flag.
 
 def squares(first, last):
     return tuple(n * n for n in range(first, last + 1))
 
 @dataclasses.dataclass
 class TokenizerConfig(RunConfig):
-    """One column per variant: tiny for a CPU, and the paper's G, G+R, R (Table A1)."""
+    """One column per variant: tiny for a CPU, and the paper's G, G+R, R."""
     #                       tiny    g     gr    r
     variant: str = arg(     "tiny", "g",  "gr", "r", help="preset: tiny, g, gr or r")
     data: str = arg(        "shapes", *["data/imagenet"] * 3)
@@ -310,8 +310,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.skip(x) + h
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 class CNN(nn.Module):
     """(B,3,H,W) -> (B,D,H/f,W/f): stages of residual blocks, a strided conv between them."""
@@ -353,9 +352,8 @@ class Attention(nn.Module):
         """x (B,N,D), context (B,M,D), log_size (B,M) -> (B,N,D), keys averaged over heads
         (B,M,D/h)."""
         context = x if context is None else context
-        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B,h,N,D/h)
-        k = self.to_k(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        v = self.to_v(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)         # (B,h,N,D/h)
+                   for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         bias = None if log_size is None else log_size[:, None, None].to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)        # (B,h,N,D/h)
         return self.proj(out.transpose(1, 2).flatten(2)), k.float().mean(1)
@@ -763,9 +761,8 @@ def align_loss(kind, student, teacher, labels, center):
     """Global alignment (Eq. 10): cross-entropy of the student's class token logits (B,C) with
     the teacher's (B,C), or with labels (B,).
 
-    ema: the teacher is sharpened and centred (DINO, 2104.14294). dinov2: T^2 KL at T = 4, as in
-    the authors' release; the KL differs from Eq. 10 by the teacher's entropy, which has no
-    gradient.
+    ema: the teacher is sharpened and centred (DINO, 2104.14294). dinov2: T^2 KL at T = 4 as in
+    the authors' release. It is Eq. 10 less the teacher's entropy, which has no gradient.
     """
     if kind == "none":
         return torch.zeros((), device=labels.device)
@@ -871,15 +868,13 @@ def main(argv=None):
     config = parse_config(TokenizerConfig, __doc__, argv, VARIANTS, "variant")
     train_set = build_dataset(config.data, "train", config.size, True, config.seed, config.labels)
     val_set = build_dataset(config.data, "val", config.size, False, labels=config.labels)
-    if config.align == "label":
-        if train_set.num_classes < 2:
-            raise UserError(f"--align label needs class folders, but --data {config.data} has "
-                            f"{train_set.num_classes} classes: pass --align ema")
-        config.align_dim = train_set.num_classes
-    elif config.align == "dinov2":
-        config.align_dim = DINOV2["width"]
-    if not config.max_steps:
-        config.max_steps = max(1, config.epochs * len(train_set) // config.batch_size)
+    if config.align == "label" and train_set.num_classes < 2:
+        raise UserError(f"--align label needs class folders, but --data {config.data} has "
+                        f"{train_set.num_classes} classes: pass --align ema")
+    config.align_dim = dict(label=train_set.num_classes, dinov2=DINOV2["width"]).get(
+        config.align, config.align_dim)
+    passes = config.epochs * len(train_set) // config.batch_size
+    config.max_steps = config.max_steps or max(1, passes)
     run = start_run(config)
     micro = micro_batch(config, run)
 
@@ -916,7 +911,14 @@ def main(argv=None):
             part.compile()
     model, disc = parallel(raw_model, run), parallel(discriminator, run)
     if run.main:
-        describe(config, raw_model, train_set, val_set)
+        size = {name: sum(p.numel() for p in part.parameters()) / 1e6
+                for name, part in raw_model.named_children() if name != "bit_norm"}
+        print(f"{config.variant}:", ", ".join(f"{k} {v:.2f}M" for k, v in size.items()))
+        print(f"L = {config.length}, K = {config.keep} of {keep_distribution(config)[0]}, d = "
+              f"{config.bits}; {config.max_steps} steps of {config.batch_size}; {config.data}: "
+              f"train {train_set.describe()}; val {val_set.describe()}")
+        print(f"perceptual loss {config.perceptual}, teacher {config.align}, initial weights "
+              f"{config.init} (the paper: lpips, dinov2, dinov2)")
 
     terms = ("rec", "perceptual", "commit", "entropy", "recovery", "align")
     weights = {name: getattr(config, f"w_{name}") for name in terms}
@@ -1022,18 +1024,6 @@ def main(argv=None):
     metrics.bar.close()
     end_run(config, run, step, "tokenizer.py", argv,
             f"done: {config.out}/ckpt.pt, recon_{step:07d}.png; next: python mergear.py")
-
-def describe(config, model, train_set, val_set):
-    """Print what is about to be trained, and which parts stand in for the paper's."""
-    for name in ("encoder", "decoder", "recovery"):
-        size = sum(p.numel() for p in getattr(model, name).parameters())
-        print(f"{name}: {size / 1e6:.2f}M parameters")
-    print(f"{config.size} px, f = {config.factor}, L = {config.length}, K = {config.keep} of "
-          f"{keep_distribution(config)[0]}, {config.max_steps} steps of {config.batch_size}")
-    print(f"{config.data}: train {train_set.describe()}; val {val_set.describe()}")
-    if config.variant != "tiny":
-        print(f"perceptual loss {config.perceptual}, teacher {config.align}, initial weights "
-              f"{config.init}; the paper has lpips, dinov2, dinov2")
 
 # -----------------------------------------------------------------------------
 # Appendix: networks that others trained, from their public weight files. Frozen, in eval mode,
