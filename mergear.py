@@ -297,7 +297,7 @@ class GPT(nn.Module):
         return self.head(x[:, P::2], subs), self.position_head(x[:, P - 1::2])
 
     def run_blocks(self, x, rope, cache):
-        """x (R,n,D) -> (R,n,D). Keys are stored turned: the order of cache rows is free."""
+        """x (R,n,D) -> (R,n,D). Keys are cached after rotation: their rows may lie in any order."""
         for layer, block in enumerate(self.blocks):
             x = block(x, functools.partial(cache.attend, layer), rope)
         return x
@@ -412,7 +412,7 @@ class CompactCache(DenseCache):
         window + 1 rows   a ring: the repeat of sequence row t is in slot t % (window + 1)
         2 + K rows        class, instruction, first positions in order of appearance, for ever
 
-    A code is a repeat if it is among the first ones, or if there are K of those already. So a
+    A code is a repeat if the permanent rows already hold it, or if they are full. So a
     row sees exactly what mergear_mask(codes, window, keep=K) shows.
     """
     def __init__(self, gpt, sequences, keep):
@@ -780,7 +780,7 @@ def main(argv=None):
                                           "val_position_bits", "grad_norm", "lr"))
     stop, stopping = catch_signals(), False
     while True:
-        # N steps make N + 1 passes. Step 0 counts: a broken evaluation shows at once
+        # The body runs max_steps + 1 times: the last time it only evaluates and saves
         last = step >= config.max_steps
         if last or step % config.eval_every == 0 and not stopping:
             metrics.scores(step, evaluate(ema, val_codes, config, run))

@@ -16,8 +16,8 @@ An image becomes L tokens (a CNN or a patch grid). A transformer merges them to 
 (ToMe). Each merged token becomes d bits (LFQ). `source` says for each of the L positions which
 of the K tokens stands for it:
 
-    image (B,3,H,W) -> CNN -> (B,L,D) -> 12 x [attention, merge, MLP] -> (B,K,D) -> codes (B,K)
-                                              `-> source (B,L) in [0,K)
+    image (B,3,H,W) -> CNN -> (B,L,D) -> depth x [attention, merge, MLP] -> (B,K,D) -> codes
+                                                  `-> source (B,L) in [0,K)
     codes, source -> bits (B,K,d) -> one gather -> (B,L,d) -> transformer, CNN -> image
 
 In reading order: config, token merging, LFQ, networks, source recovery, the model, losses,
@@ -175,7 +175,7 @@ def match_tokens(metric, r, protected=1):
     # Many scores are nearly equal. In bfloat16 half of the best ones would tie
     with torch.autocast(metric.device.type, enabled=False):
         metric = F.normalize(metric.float(), dim=-1)
-        similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)        # (B,Na,Nb)
+        similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)        # (B,even,odd)
     similarity[:, :even_protected] = -math.inf
     similarity[:, :, :odd_protected] = -math.inf
     score, partner = similarity.max(dim=-1)                                  # (B,Na)
@@ -214,7 +214,7 @@ def first_position_of_token(source, keep=None):
 @torch.no_grad()
 def canonical_source(source, keep=None):
     """Relabel (B,L) source so that tokens are numbered by the raster order of their first
-    positions. So the K-sequence has a meaning, and K = L gives the identity."""
+    positions. The K codes then have a fixed order; with K = L, source is 0, 1, ..., L-1."""
     first = first_position_of_token(source, keep)                            # (B,K)
     new_label = first.argsort(dim=1).argsort(dim=1)                          # (B,K)
     return new_label.gather(1, source)
@@ -268,11 +268,11 @@ def lfq_entropy(z, tau=1.0):
     return mean_over_ranks(per_sample), codebook
 
 class BitNorm(nn.Module):
-    """Batch normalisation of each bit, without affine. With zero mean every bit stays balanced,
+    """Batch normalisation of each bit, without affine. Zero mean keeps a bit from being constant,
     so the codes cannot collapse to a few. Not in the paper; --no-bit-norm turns it off.
 
     In training the statistics are those of the batch over all ranks, and they are returned; the
-    training loop averages them into `stats`, which evaluation uses.
+    training loop moves `stats`, which evaluation uses, a tenth of the way towards them.
     """
 
     def __init__(self, d):
@@ -444,8 +444,8 @@ class Encoder(nn.Module):
         return self.to_bits(tokens), ordered, x[:, 0], tokens
 
 class AdaptiveNorm(nn.Module):
-    """GroupNorm whose scale and shift come from std and mean of the code map over the image
-    (Open-MAGVIT2, 2409.04410)."""
+    """GroupNorm whose scale is computed from the per-image std of the code map, its shift from
+    the mean (Open-MAGVIT2, 2409.04410)."""
 
     def __init__(self, d, c, groups):
         super().__init__()
@@ -525,8 +525,8 @@ class SourceRecovery(nn.Module):
     """Predicts source from the K tokens and their first positions.
 
     L learnable queries pass a 2-layer transformer decoder over the tokens. Then each query is
-    classified among the tokens by a dot product (Eq. 8). A token carries the query of its first
-    position, so equal codes stay distinct.
+    classified among the tokens by a dot product (Eq. 8). A token is its embedded bits plus the
+    query of its first position, so tokens with equal codes differ.
     """
 
     def __init__(self, config):
@@ -542,8 +542,8 @@ class SourceRecovery(nn.Module):
     def forward(self, bits, first):
         """bits (B,K,d) in {-1,+1}, first (B,K) ascending positions -> logits (B,L,K).
 
-        Tokens are numbered by first position. So position l belongs to a token with first <= l,
-        and the first position of a token belongs to it. All else is -inf.
+        A position that is some token's first belongs to that token. Any other belongs to a token
+        whose first position is earlier. All other logits are -inf.
         """
         B, (L, D) = len(bits), self.queries.shape
         tokens = self.embed(bits) + self.queries[first]                      # (B,K,D)
@@ -604,7 +604,7 @@ class MergeVQ(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """Xavier for linear layers, fan-in for convolutions. Residual branches of the CNNs start
-        at zero, those of the transformers at --layer-scale."""
+        at zero, those of encoder and decoder transformers at --layer-scale."""
         for m in self.modules():
             if isinstance(m, nn.Linear):
                 nn.init.xavier_uniform_(m.weight)
@@ -628,7 +628,7 @@ class MergeVQ(nn.Module):
         nn.init.trunc_normal_(self.encoder.cls, std=0.02)
         if self.encoder.position is not None:
             nn.init.trunc_normal_(self.encoder.position, std=0.02)
-        # queries start as sines and cosines of the position, from one period per step to L
+        # queries start as waves over the positions, of 1 down to 1/L radians per position
         L, D = self.recovery.queries.shape
         frequency = L ** -torch.linspace(0, 1, (D + 1) // 2)
         angle = torch.arange(L)[:, None] * frequency                         # (L,D/2)
@@ -727,15 +727,15 @@ def perceptual_stub(a, b):
     difference, loss = (a - b).float(), 0.0
     scales = 3 if min(a.shape[2:]) >= 12 else 1  # the third has a quarter of the side
     for _ in range(scales):
-        loss = loss + F.conv2d(difference, filters, groups=3).abs().mean() / 3
+        loss = loss + F.conv2d(difference, filters, groups=3).abs().mean() / scales
         difference = F.avg_pool2d(difference, 2)
     return loss
 
 PERCEPTUAL = {"stub": perceptual_stub, "none": lambda a, b: (a - b).mean() * 0}
 
 def entropy_loss(z):
-    """LFQ's entropy terms, z (B,K,d) -> (loss, per-sample entropy, codebook entropy), nats:
-    sure about each token, undecided over all of them."""
+    """LFQ's entropy terms, z (B,K,d) -> (loss, per-sample entropy, codebook entropy), nats.
+    It is low when each token is certain and the codes are used equally."""
     per_sample, codebook = lfq_entropy(z)
     return per_sample - codebook, per_sample, codebook
 
@@ -920,19 +920,22 @@ def main(argv=None):
         print(f"perceptual loss {config.perceptual}, teacher {config.align}, initial weights "
               f"{config.init} (the paper: lpips, dinov2, dinov2)")
 
+    # a new loss needs its name here, a field w_NAME in the config, and a line in `losses`
     terms = ("rec", "perceptual", "commit", "entropy", "recovery", "align")
     weights = {name: getattr(config, f"w_{name}") for name in terms}
     stream = batches(train_set, config, run, step)
     metrics = Metrics(config, run, step, CURVES)
     stop, stopping = catch_signals(), False
     while True:
-        # N steps make N + 1 passes. Step 0 counts: a broken evaluation shows at once
+        # The body runs max_steps + 1 times: the last time it only evaluates and saves. Step 0 is
+        # evaluated too, so a broken evaluation shows at once
         last = step >= config.max_steps
         if last or step % config.eval_every == 0 and not stopping:
             metrics.scores(step, evaluate(ema, val_set, config, run))
             if run.main:
                 path = f"{config.out}/recon_{step:07d}.png"
                 draw_reconstructions(ema, val_set, config, run, path)
+        # no random state in it: all randomness is a function of (seed, step)
         if run.main and (last or stopping or step % config.save_every == 0):
             save_checkpoint(f"{config.out}/ckpt.pt", "tokenizer", step=step,
                             config=dataclasses.asdict(config), skipped=int(skipped),
