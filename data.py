@@ -1214,9 +1214,11 @@ def restore_signals():
 CHECKPOINT_VERSION = 3
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
-def open_out(config, run, kind):
+def open_out(config, run, kind, fixed=()):
     """Claim --out. Returns the state of its checkpoint with --resume, else None. Ends the script
-    when that run is at --max-steps already. Raises UserError when a run is there or at work."""
+    when that run is at --max-steps already. Raises UserError when a run is there or at work, or
+    when a resumed run has another value in a field of `fixed`: those change the model, but no
+    shape of its tensors."""
     path, metrics = f"{config.out}/ckpt.pt", f"{config.out}/metrics.jsonl"
     if run.main:
         if config.resume and not os.path.exists(path):
@@ -1238,6 +1240,10 @@ def open_out(config, run, kind):
     if not config.resume:
         return None
     state = load_checkpoint(path, kind, run.device)
+    for name in fixed:
+        if state["config"][name] != getattr(config, name):
+            raise UserError(f"--resume: the run in {config.out} has {name} "
+                            f"{state['config'][name]}, not {getattr(config, name)}: pass its flags")
     if state["step"] >= config.max_steps:
         if run.main:
             print(f"the run in {config.out} is at step {state['step']} already: "
@@ -1251,6 +1257,14 @@ def make_folder(path, flag="--out"):
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise UserError(f"{flag} {path} cannot be made ({error.strerror}); pass another folder")
+
+def new_array(path, dtype, shape):
+    """A .npy file of zeros to be mapped into memory. Its space is taken now, where the system can:
+    a full disk would otherwise end the process by a signal, without a word. Raises OSError."""
+    np.lib.format.open_memmap(path, "w+", dtype, shape)
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
 
 def save_checkpoint(path, kind, **state):
     """Write one dict of tensors and primitives under a temporary name, then rename it: a reader

@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import (UserError, arg, from_uint8, image_grid, make_folder, parse_config, run_main,
-                  start_run, to_uint8, weights_hash)
+from data import (UserError, arg, from_uint8, image_grid, make_folder, new_array, parse_config,
+                  run_main, start_run, to_uint8, weights_hash)
 from mergear import draw_images, load_generator
 
 IN_PICTURE = 200  # images in samples.png
@@ -112,13 +112,21 @@ def main(argv=None):
     make_folder(args.out)
     make_folder(os.path.dirname(args.npz) or ".", "--npz")
     make_folder(args.png_dir or ".", "--png-dir")
+    if os.path.isdir(args.npz):
+        raise UserError(f"--npz {args.npz} is a folder: pass the name of a file")
+    if run.main and args.png_dir and os.listdir(args.png_dir):
+        raise UserError(f"--png-dir {args.png_dir} is not empty: a tool that counts its images "
+                        "would count the old ones")
 
     # the same noise and classes at every scale: what differs is guidance alone
     if scales:
-        rows = [sample(labels[:size], cfg=scale).cpu() for scale in tqdm(scales)]
+        if not names or run.world > 1:
+            raise UserError("--cfg-sweep needs a model with classes, and one process")
+        shown = labels[:min(size, IN_PICTURE)]
+        rows = [sample(shown, cfg=scale).cpu() for scale in tqdm(scales)]
         titles = [f"cfg {scale:g}" for scale in scales]
         if run.main:
-            names = names and names[:size] * len(scales)
+            names = names[:len(shown)] * len(scales)
             image_grid(rows, f"{args.out}/sweep.png", names, row_titles=titles)
             print(f"wrote {args.out}/sweep.png")
         return
@@ -126,7 +134,7 @@ def main(argv=None):
     # all ranks write to one memory-mapped file: 50,000 images need not fit in memory
     path, side = f"{args.out}/images.npy.tmp", tokenizer.config.size
     if run.main:
-        np.lib.format.open_memmap(path, "w+", np.uint8, (args.num, side, side, 3))
+        new_array(path, np.uint8, (args.num, side, side, 3))
     run.barrier()
     images = np.lib.format.open_memmap(path, "r+")
     began = time.time()

@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from data import (Metrics, RunConfig, UserError, View, adamw, arg, build_dataset, catch_signals,
                   end_run, gather_rows, image_grid, learning_rate, load_batches, load_checkpoint,
-                  load_parts, loader_workers, make_folder, micro_batch, open_out, parallel,
-                  parse_config, presets, run_main, save_checkpoint, seeded, start_run,
+                  load_parts, loader_workers, make_folder, micro_batch, new_array, open_out,
+                  parallel, parse_config, presets, run_main, save_checkpoint, seeded, start_run,
                   step_if_finite, subset, update_ema, weights_hash)
 from tokenizer import (first_position_of_token, keep_distribution, sample_keep,
                        tokenizer_from_state)
@@ -476,7 +476,7 @@ def guide(logits, cfg):
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Inverse transform sampling: logits (B,V), u (B,) uniform in [0,1) -> (B,). top_k > 0 keeps
     the k most likely, top_p < 1 the fewest of that much probability. temperature 0: argmax."""
-    if temperature == 0:
+    if temperature < 1e-3:  # below this the logits overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
@@ -634,10 +634,13 @@ BLOCK = 64  # rows that are encoded together, with one K
 class CodeDataset:
     """ds[rows] -> codes, source (n,L), labels (n,). Rows below len(ds): centre crops, target K."""
     def __init__(self, folder):
-        with open(f"{folder}/meta.json") as file:
-            self.meta = json.load(file)
-        self.codes = np.load(f"{folder}/codes.npy", mmap_mode="r")
-        self.labels, self.keep = np.load(f"{folder}/labels.npy").T
+        try:
+            with open(f"{folder}/meta.json") as file:
+                self.meta = json.load(file)
+            self.codes = np.load(f"{folder}/codes.npy", mmap_mode="r")
+            self.labels, self.keep = np.load(f"{folder}/labels.npy").T
+        except (OSError, ValueError, EOFError) as error:
+            raise UserError(f"the code cache {folder} is damaged ({error}): delete that folder")
 
     def __len__(self):
         return len(self.keep) // self.meta["views"]
@@ -647,19 +650,20 @@ class CodeDataset:
         return codes, source, torch.from_numpy(self.labels[rows]).long()
 
 @torch.no_grad()
-def open_codes(folder, dataset, tokenizer, config, run, views, sample_k):
-    """The CodeDataset in `folder`, made now if need be. sample_k: views after the first draw K as
-    stage 1 does. Raises UserError when the cache was made from something else."""
-    t = tokenizer.config
+def open_codes(folder, dataset, tokenizer, config, run, views, sample_k, replace=False):
+    """The CodeDataset in `folder`, made now if it is not there, or to `replace` it. sample_k: views
+    after the first draw K as stage 1 does. Raises UserError when it was made from other things."""
+    t = dataclasses.replace(tokenizer.config, seed=config.seed)
     kinds = f"{t.keep_sampling} of {keep_distribution(t)[0]}" if sample_k else "target"
     meta = dict(tokenizer=weights_hash(tokenizer.state_dict())[:12], data=dataset.digest()[:12],
                 views=views, seed=config.seed, keep=t.keep, keeps=kinds)
-    there = os.path.exists(f"{folder}/meta.json") and not (config.overwrite and not config.resume)
+    there = os.path.exists(f"{folder}/meta.json") and not replace
     found = CodeDataset(folder).meta if there else meta
     for name in meta:
         if found.get(name) != meta[name]:
             raise UserError(f"the code cache {folder} was made with {name} {found.get(name)}, "
-                            f"this run has {name} {meta[name]}: delete it or pass --overwrite")
+                            f"this run has {name} {meta[name]}: delete that folder, or "
+                            "pass --overwrite where it belongs to this run")
     run.barrier()  # all ranks have looked before one of them writes
     if there:
         return CodeDataset(folder)
@@ -671,7 +675,7 @@ def open_codes(folder, dataset, tokenizer, config, run, views, sample_k):
         shutil.rmtree(new, ignore_errors=True)
         make_folder(new, "--cache")
         for name, shape in shapes.items():
-            np.lib.format.open_memmap(f"{new}/{name}.npy", "w+", np.int32, shape)
+            new_array(f"{new}/{name}.npy", np.int32, shape)
     run.barrier()
     codes_file, labels_file = (np.load(f"{new}/{name}.npy", "r+") for name in shapes)
     blocks = []  # (first row, K, images); block b goes to rank b % world
@@ -704,6 +708,7 @@ def open_codes(folder, dataset, tokenizer, config, run, views, sample_k):
 def code_batches(codes, t, config, run, step, sample_k):
     """Endless micro-batches (codes, source, labels, K) of this rank, a function of (seed, step).
     A step has one K, drawn as in stage 1. t: the tokenizer's config."""
+    t = dataclasses.replace(t, seed=config.seed)
     rows_with = {int(K): np.flatnonzero(codes.keep == K) for K in np.unique(codes.keep)}
     micro = micro_batch(config, run)
     while True:
@@ -764,12 +769,15 @@ def main(argv=None):
                        class_names=tuple(train_set.class_names))
     run = start_run(config)
     micro = micro_batch(config, run)
-    state = open_out(config, run, "generator")
+    state = open_out(config, run, "generator", ("mode", "heads", "window", "duplicate"))
     tokenizer.to(run.device)
     folder, sample_k = config.cache or f"{config.out}/codes", config.mode != "raster"
     views = config.views
-    train_codes = open_codes(f"{folder}/train", train_set, tokenizer, config, run, views, sample_k)
-    val_codes = open_codes(f"{folder}/val", val_set, tokenizer, config, run, 1, False)
+    # a cache of this run goes with it; one that --cache names may serve others
+    replace = config.overwrite and not config.resume and not config.cache
+    train_codes = open_codes(f"{folder}/train", train_set, tokenizer, config, run, views, sample_k,
+                             replace)
+    val_codes = open_codes(f"{folder}/val", val_set, tokenizer, config, run, 1, False, replace)
 
     torch.manual_seed(config.seed)  # the same weights on every rank
     raw_model = GPT(config).to(run.device)

@@ -43,6 +43,7 @@ class RecoveryConfig(RunConfig):
     drawn: float = arg(0.1, help="share of the codes that the generator redraws", low=0, high=1)
     data: str = arg("", help="data to train on; empty: what the generator was trained on")
     out: str = arg("out/recovery")
+    cache: str = arg("", help="folder of the code cache; empty: the generator's")
     batch_size: int = arg(64)
     max_steps: int = arg(600)
     epochs: int = arg(5)
@@ -82,8 +83,8 @@ def evaluate(tokenizer, before, dataset, config, run):
                            before=before(codes_to_bits(codes, t.bits), first).argmax(dim=-1),
                            after=tokenizer.recover(codes, first))
             decoded = [tokenizer.decode(codes, guess) for guess in sources.values()]
-        accuracy = [(guess == source).double().mean(1) for guess in sources.values()]
-        quality = [psnr(picture, images) for picture in decoded]
+        accuracy = [(guess == source).float().mean(1) for guess in sources.values()]
+        quality = [psnr(picture, images).float() for picture in decoded]
         results.append(torch.stack(accuracy + quality, dim=1).cpu())  # (B,8)
     means = gather_rows(torch.cat(results), run).mean(0).tolist()
     return dict(zip(sources, zip(means[:4], means[4:])))
@@ -105,7 +106,7 @@ def main(argv=None):
     state = open_out(config, run, "generator")
     gpt.to(run.device)
     tokenizer.to(run.device)
-    folder = g.cache or f"{os.path.dirname(config.generator)}/codes"
+    folder = config.cache or g.cache or f"{os.path.dirname(config.generator)}/codes"
     same_seed = dataclasses.replace(config, seed=g.seed)  # a cache is tied to its seed
     codes_set = open_codes(f"{folder}/train", train_set, tokenizer, same_seed, run, g.views, True)
 

@@ -82,7 +82,7 @@ class TokenizerConfig(RunConfig):
     keep_sampling: str = arg("exponential", "exponential", "gaussian", "exponential",
                              help="how K is drawn (A.3)",
                              choices=("exponential", "gaussian", "fixed"))
-    bits: int = arg(        8,      18,   18,   18, help="code bits d: 2^d codes", low=1, high=24)
+    bits: int = arg(        8,      18,   18,   18, help="code bits d: 2^d codes", low=1, high=20)
     bit_norm: bool = arg(True, help="batch-normalise each bit, against codebook collapse")
     # loss weights
     w_rec: float = arg(     10.0,   1.0,  1.0,  1.0, help="L2 reconstruction", low=0)
@@ -692,6 +692,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        side = config.size // 2 ** config.disc_layers
+        assert side >= 3, f"--disc-layers {config.disc_layers} leave {side} of {config.size} px"
         c = config.disc_base
         layers = [nn.Conv2d(3, c, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i in range(1, config.disc_layers + 1):
@@ -820,7 +822,7 @@ def evaluate(model, dataset, config, run):
     """PSNR at the target K and at K = L; code usage and recovery accuracy at K; over all ranks."""
     counts = torch.zeros(2 ** config.bits, device=run.device)
     sums = torch.zeros(4, device=run.device)
-    for images, _ in val_batches(dataset, EVAL_IMAGES, max(16, config.batch_size // run.world),
+    for images, _ in val_batches(dataset, EVAL_IMAGES, min(64, max(16, config.batch_size)),
                                  run, loader_workers(config)):
         with run.autocast():
             e, full = model.encode(images), model.encode(images, config.length)
@@ -888,7 +890,7 @@ def main(argv=None):
         dinov2 = load_dinov2(config.teacher_weights, run.device)
     if config.init == "dinov2":
         select_weights(raw_model.encoder, dinov2)
-    state = open_out(config, run, "tokenizer")
+    state = open_out(config, run, "tokenizer", ("heads", "dec_heads", "align"))
 
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     optimizer = adamw(raw_model.parameters(), config, (config.beta1, config.beta2))
