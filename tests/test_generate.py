@@ -134,6 +134,8 @@ def test_a_model_without_labels(place):
     assert np.array_equal(images, run(place, "free1", "--cfg", "1", ckpt="unlabelled")[0])
     with pytest.raises(UserError, match="no class"):
         generate.main(flags(place, "free2", "--classes", "0", ckpt="unlabelled"))
+    with pytest.raises(UserError, match="--cfg-sweep"):
+        generate.main(flags(place, "free3", "--cfg-sweep", "1:2:1", ckpt="unlabelled"))
 
 
 def test_sweep(place):

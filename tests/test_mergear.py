@@ -472,7 +472,8 @@ def test_a_training_batch_has_one_merge_count(cached):
     assert {next(stream(step, False))[-1] for step in range(9)} == {6}
 
 def test_wrong_code_cache_is_refused(place):
-    """Training on another tokenizer's codes, or on moved images: one line with both values."""
+    """Training on another tokenizer's codes, or on moved images: one line with both values. And
+    --overwrite that replaces a cache which other runs share, or keeps this run's own."""
     settings = dict(max_steps=1, cache=place / "shared")
     train(place, "first", **settings)
     write_tokenizer(place / "other.pt", place / "images", seed=1)
@@ -482,10 +483,16 @@ def test_wrong_code_cache_is_refused(place):
     train(place, "fourth", **settings)  # the right one is used again
     moved = place / "images/train/a/0.png"
     os.rename(moved, place / "images/train/b/moved.png")
-    with pytest.raises(UserError, match="with data .* --overwrite"):
-        train(place, "fifth", **settings)
-    train(place, "first", overwrite=True, **settings)
+    for flag in ({}, dict(overwrite=True)):
+        with pytest.raises(UserError, match="with data .* --overwrite"):
+            train(place, "first" if flag else "fifth", **settings, **flag)
+    train(place, "own", max_steps=1)
     os.rename(place / "images/train/b/moved.png", moved)
+    train(place, "own", max_steps=1, overwrite=True)
+    labels = place / "own/codes/train/labels.npy"
+    labels.write_bytes(labels.read_bytes()[:100])
+    with pytest.raises(UserError, match="is damaged"):
+        train(place, "own", max_steps=2, resume=True)
 
 def test_unlabelled_images(tmp_path):
     """Class ids out of range without classes: the null class is then id 0, the only one."""

@@ -289,7 +289,8 @@ MISTAKES = [
     ("recovery", "--generator {mergear}"), ("recovery", "--generator {tokenizer}"),
     ("recovery", "--drawn 1.5"), ("recovery", "--nope 1"),
     ("generate", "--ckpt nowhere"), ("generate", "--ckpt {damaged}"), ("generate", "--num 0"),
-    ("generate", "--nope 1"), ("data", "--data nowhere"), ("data", "--nope 1"),
+    ("generate", "--npz ."), ("generate", "--nope 1"), ("data", "--data nowhere"),
+    ("data", "--nope 1"),
 ]
 
 
@@ -300,6 +301,7 @@ def test_mistakes_are_one_line(place, script, wrong, capsys):
     paths = dict(tokenizer=place / "tokenizer/ckpt.pt", mergear=place / "mergear/ckpt.pt",
                  damaged=place / "damaged.pt")
     begin = flags(place, script, "wrong") if script in SCRIPTS else []
+    begin += ["--ckpt", str(paths["mergear"])] if wrong == "--npz ." else []
     fails(ALL[script].main, [*begin, *wrong.format(**paths).split()], capsys)
     assert not os.path.exists(place / "wrong/ckpt.pt")
 
@@ -309,6 +311,14 @@ def test_an_existing_run_is_kept(place, capsys):
     for script, module in SCRIPTS.items():
         line = fails(module.main, flags(place, script, script), capsys)
         assert "holds a run already" in line
+
+
+@pytest.mark.parametrize("script, flag, value", [
+    ("tokenizer", "heads", 1), ("mergear", "window", 3), ("mergear", "heads", 1)])
+def test_a_resumed_run_keeps_its_model(place, script, flag, value, capsys):
+    """A flag that changes the model but no shape of its tensors: trained weights are ruined."""
+    argv = flags(place, script, script, resume=True, max_steps=99, **{flag: value})
+    assert f"has {flag}" in fails(SCRIPTS[script].main, argv, capsys)
 
 
 @pytest.mark.parametrize("name", [*ALL, "eval"])

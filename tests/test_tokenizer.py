@@ -25,7 +25,8 @@ import tokenizer
 from data import UserError, run_main
 from tokenizer import (VARIANTS, Attention, BitNorm, MergeVQ, TokenizerConfig, align_loss,
                        bit_balance, bits_to_codes, canonical_source, codes_to_bits,
-                       entropy_loss, first_position_of_token, keep_distribution, lfq_entropy, load_tokenizer,
+                       entropy_loss, first_position_of_token, keep_distribution, lfq_entropy,
+                       load_tokenizer,
                        match_tokens, merge_schedule, merge_tokens, psnr, quantise, sample_keep,
                        save_checkpoint, unmerge)
 
@@ -659,7 +660,7 @@ MISTAKES = {
     "unknown flag": (dict(no_such_flag=1), ["--no-such-flag"]),
     "unknown variant": (dict(variant="huge"), ["huge", "tiny"]),
     "bad number": (dict(lr="fast"), ["--lr"]),
-    "out of range": (dict(bits=25), ["--bits", "24"]),
+    "out of range": (dict(bits=25), ["--bits", "20"]),
     "no such data": (dict(data="no/such/folder"), ["no/such/folder"]),
     "no such device": (dict(device="cuda:99"), ["cuda:99"]),
     "other network": (dict(resume=True, dec_depth=2, max_steps=2), ["--out", "does not fit"]),
