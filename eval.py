@@ -1093,8 +1093,8 @@ def finetune(argv):
     t, made_from = tokenizer.config, weights_hash(tokenizer.state_dict())
     config.data, config.keep = config.data or t.data, config.keep or t.length
     merge_schedule(t.length, config.keep, t.depth)  # UserError on a K out of reach
-    train_set = build_dataset(config.data, "train", t.size, train=True, seed=config.seed)
-    val_set = build_dataset(config.data, "val", t.size, train=False)
+    train_set = build_dataset(config.data, "train", t.size, True, config.seed, config.labels)
+    val_set = build_dataset(config.data, "val", t.size, False, labels=config.labels)
     need_classes(train_set, config)
     passes = config.epochs * len(train_set) // config.batch_size
     config.max_steps = config.max_steps or max(1, passes)
