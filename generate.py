@@ -87,9 +87,9 @@ def main(argv=None):
     if args.keep and (config.mode == "raster" or keep not in config.keeps):
         raise UserError(f"--keep {keep}: this {config.mode} model was not trained on it; pass one "
                         f"of {config.keeps}, or leave --keep out for raster")
-    if args.steps and (config.mode != "randar" or args.steps > keep):
-        raise UserError(f"--steps {args.steps}: only randar draws several codes per step, in at "
-                        f"most K = {keep} steps; this is a {config.mode} model")
+    if args.steps and (config.mode != "randar" or not min(2, keep) <= args.steps <= keep):
+        raise UserError(f"--steps {args.steps}: only randar draws several codes per step, in 2 to "
+                        f"K = {keep} steps; this is a {config.mode} model")
     classes = choose_classes(args.classes, config)
     scales = read_sweep(args.cfg_sweep) if args.cfg_sweep else []
     # which weights made the images, taken before a cast to bfloat16

@@ -119,7 +119,8 @@ MODELS = presets(GPTFlags, ("tiny", "b", "l", "xl"))
 #       mergear    c    m  x_0 x_1 x_2 ... x_{L-2}         m: merge instruction, which K
 #                      x_0 x_1 x_2 x_3 ... x_{L-1}         some earlier rows are masked
 #       randar     c    m  p_0 x_0 p_a x_a p_b x_b ... p_z  0, a, b ... z: first positions
-#                      {p} x_0 {p} x_a {p} x_b {p} ... x_z  {p}: those that remain, any order
+#                          x_0     x_a     x_b         x_z
+#                          {p}     {p}     {p}             {p}: those that remain, any order
 #
 #   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout,
 #                  (seed, step, rank, 5) nn.Dropout, (seed, step, 6) rows of the code cache,
@@ -281,7 +282,7 @@ class GPT(nn.Module):
 
     def forward(self, codes, labels, keep=None, mask=None, first=None, dropped=None):
         """codes (B,N), labels (B,), what sequence() gives, dropped (B,N) bool: codes to hide ->
-        S logits of sub-tokens (B,N,2^sub_bits[s]), of the next position (B,K,L) or None."""
+        S logits of sub-tokens (B,N,2^sub_bits[s]), of the next position (B,K-1,L) or None."""
         c, P = self.config, self.config.prefix
         x = self.embed_codes(codes)  # (B,N,D)
         if dropped is not None:
@@ -308,8 +309,8 @@ class GPT(nn.Module):
         subs = split_codes(codes, c.sub_bits)[..., :-1]
         if c.mode != "randar":
             return self.head(x[:, P - 1:], subs), None
-        # x_a is predicted at p_a, the next position at the row before it
-        return self.head(x[:, P::2], subs), self.position_head(x[:, P - 1::2])
+        # p_a predicts x_a and, not knowing it, the positions after a: one call a step is enough
+        return self.head(x[:, P::2], subs), self.position_head(x[:, P:-1:2])
 
     def run_blocks(self, x, rope, cache):
         """x (R,n,D) -> (R,n,D). Keys are cached after rotation: their rows may lie in any order."""
@@ -357,24 +358,23 @@ def code_losses(logits, codes, sub_bits, label_smoothing=0.0):
     return loss, nll / math.log(2)
 
 def position_losses(logits, first):
-    """Logits (B,K,L) before each pair, first (B,K) as they follow -> (loss (B,K), bits (B,)).
+    """Logits (B,K-1,L) of the next position, first (B,K) in sequence -> (loss (B,K-1), bits (B,)).
 
     The order is random, so each first position that remains is next with the same probability.
-    The cross-entropy to that uniform distribution is the expectation over all orders. Position 0
-    is certain, so row 0 predicts the same set as row 1. bits: -log2 p of the set of positions.
+    The cross-entropy to that uniform distribution is the expectation over all orders.
+    bits: -log2 p of the set of positions. Position 0 is always there and costs nothing.
     """
-    B, K, L = logits.shape
+    B, K = first.shape
     turn = torch.arange(K, device=first.device)  # (K,)
-    drawn_at = torch.full((B, 1, L), K, device=first.device)  # K: never
+    drawn_at = torch.full((B, 1, logits.shape[2]), K, device=first.device)  # K: never
     drawn_at.scatter_(2, first[:, None], turn.expand(B, 1, K))
-    now = turn.clamp(min=1)
-    possible = drawn_at >= now[:, None]  # (B,K,L)
+    possible = drawn_at > turn[:-1, None]  # (B,K-1,L)
     remain = possible & (drawn_at < K)
     logp = logits.float().masked_fill(~possible, -math.inf).log_softmax(-1)
-    count = (K - now).clamp(min=1)  # positions that remain
-    loss = -logp.masked_fill(~remain, 0.0).sum(-1) / count  # (B,K)
+    count = K - 1 - turn[:-1]  # positions that remain
+    loss = -logp.masked_fill(~remain, 0.0).sum(-1) / count  # (B,K-1)
     bits = (loss - count.log()).detach() / math.log(2)  # less the log2 (K-1)! bits of the order
-    return loss, bits[:, 1:].sum(1)
+    return loss, bits.sum(1)
 
 def all_losses(model, config, codes, source, labels, keep, order, dropped=None):
     """A batch of the code cache -> {name: (B,)}. `loss` is what is trained."""
@@ -384,7 +384,7 @@ def all_losses(model, config, codes, source, labels, keep, order, dropped=None):
     losses = dict(loss=loss.mean(1), bits=bits.mean(1))
     if config.mode == "randar":
         position, losses["position_bits"] = position_losses(positions, inputs["first"])
-        losses["position"] = position.mean(1)
+        losses["position"] = position.sum(1) / keep
         losses["loss"] = losses["loss"] + config.w_position * losses["position"]
     return losses
 
@@ -401,13 +401,14 @@ class DenseCache:
         self.values = [like.new_zeros(shape) for _ in range(c.depth)]
         self.nbytes = sum(x.nbytes for x in self.keys + self.values)
 
-    def begin(self, t, codes=None, n=1, alone=False):
-        """n rows, from sequence row t on. alone: none of them sees the other n - 1."""
-        self.place = (slice(None), slice(t, t + n))
-        self.visible = min(-(-(t + n) // 32) * 32, self.rows)  # few lengths: few kernels to build
+    def begin(self, t, codes=None, n=1, alone=0):
+        """n rows, from sequence row t on. The last `alone` of them do not see each other."""
+        end = t + n
+        self.place = (slice(None), slice(t, end))
+        self.visible = min(-(-end // 32) * 32, self.rows)  # few lengths: few kernels to build
         column = torch.arange(self.visible, device=self.device)
-        row = column[t:t + n, None]  # (n,1)
-        unseen = (column >= t) & (column != row) if alone else column > row  # (n,visible)
+        row = column[t:end, None]  # (n,1)
+        unseen = (column > row) | (column >= end - alone) & (column != row)  # (n,visible)
         self.bias = torch.zeros_like(unseen, dtype=self.keys[0].dtype)
         self.bias.masked_fill_(unseen, -math.inf)
 
@@ -523,50 +524,51 @@ def sample_in_order(gpt, labels, keep, noise, scales, filters):
     return torch.stack(codes, dim=1)
 
 def arccos_steps(keep, steps=None):
-    """How many of `keep` codes each step draws: few at first, at least one. After a share r of
+    """How many of `keep` codes each step draws: one, then few, at last many. After a share r of
     the steps, 1 - 2/pi arccos(r) of the codes are known (MaskGIT, 2202.04200)."""
     # the paper's 64 steps for 144 codes and 88 for 256; a power law for other counts
     steps = steps or max(1, min(keep, round(64 * (keep / 144) ** 0.5535)))
-    assert steps <= keep, f"{steps} steps for {keep} codes"
+    assert min(2, keep) <= steps <= keep, f"{steps} steps for {keep} codes"
     shares = [1 - 2 / math.pi * math.acos(s / steps) for s in range(steps + 1)]
     known = [max(s, round(keep * share)) for s, share in enumerate(shares)]
+    known[1] = 1  # position 0 alone: no row has predicted another one
     return [b - a for a, b in itertools.pairwise(known)]
 
 def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, filters):
-    """Randar: in step s, counts[s] positions, then their codes. labels (R,), noise (B,K,S),
-    position_noise (B,steps,L) -> codes, first (B,K), as drawn."""
+    """Randar: step s draws counts[s] codes and the positions of the next step, in one call.
+    labels (R,), noise (B,K,S), position_noise (B,steps,L) -> codes, first (B,K), as drawn."""
     P, L = gpt.config.prefix, gpt.config.length
     copies = len(labels) // len(noise)
     cache = gpt.new_cache(len(labels), keep)
     rope = rope_table(gpt.config, labels.device)
-    x, turn = gpt.embed_prefix(labels, keep), rope[:, :P]
-    # added to the logits of positions: the first is 0, and none comes twice
-    bias = torch.zeros(len(noise), L, device=labels.device)
-    bias[:, 0] = math.inf
+    x, turn = gpt.embed_prefix(labels, keep), rope[:, None, :P]  # (R,P,D), (2,1,P,D/h)
+    turn = turn.expand(-1, len(labels), -1, -1)
+    drawn = labels.new_zeros(len(noise), 1)  # (B,n)
+    bias = torch.zeros(len(noise), L, device=labels.device)  # -inf: a position that is drawn
     codes, first, t, known = [], [], 0, 0
     for s, n in enumerate(counts):
-        # 1. feed the pairs drawn last. Their last row predicts the positions that remain
-        cache.begin(t, n=x.shape[1])
-        t += x.shape[1]
-        h = gpt.run_blocks(x, turn, cache)  # (R,2a,D), a pairs
-        logits = gpt.position_head(h[:, -1]).float()  # (R,L)
-        logits = guide(logits, scales[s]) if copies == 2 else logits  # (B,L)
-        # the n largest of logits + Gumbel noise are n draws without replacement (1903.06059)
-        gumbel = -(-position_noise[:, s].clamp(min=1e-9).log()).log()  # (B,L)
-        drawn = (logits + gumbel + bias).topk(n).indices  # (B,n)
-        bias.scatter_(1, drawn, -math.inf)
-        # 2. feed their instructions. The next pairs overwrite these rows of the cache
+        # feed the pairs drawn last, then the instructions of this step. These see the pairs, but
+        # not each other. The next call overwrites their rows of the cache by whole pairs
         rows = drawn.repeat(copies, 1)  # (R,n)
-        asked = gpt.position_instruction(rows)  # (R,n,D)
-        cache.begin(t, n=n, alone=True)
-        h = gpt.run_blocks(asked, rope[:, P + rows][:, :, None], cache)
-        picked = pick_codes(gpt, h, noise[:, known:known + n], scales[s], filters)
-        x = torch.stack([asked, gpt.embed_codes(picked.repeat(copies, 1))], dim=2).flatten(1, 2)
-        turn = rope[:, P + rows.repeat_interleave(2, dim=1)][:, :, None]  # (2,R,1,2n,D/h)
+        asked, asked_turn = gpt.position_instruction(rows), rope[:, P + rows]
+        cache.begin(t, n=x.shape[1] + n, alone=n)
+        t += x.shape[1]
+        h = torch.cat([x, asked], dim=1)
+        h = gpt.run_blocks(h, torch.cat([turn, asked_turn], dim=2)[:, :, None], cache)[:, -n:]
+        picked = pick_codes(gpt, h, noise[:, known:known + n], scales[s], filters)  # (B,n)
         codes.append(picked)
         first.append(drawn)
         known += n
-    return torch.cat(codes, dim=1), torch.cat(first, dim=1)
+        if known == keep:
+            return torch.cat(codes, dim=1), torch.cat(first, dim=1)
+        x = torch.stack([asked, gpt.embed_codes(picked.repeat(copies, 1))], dim=2).flatten(1, 2)
+        turn = asked_turn.repeat_interleave(2, dim=2)  # (2,R,2n,D/h)
+        # the n largest of logits + Gumbel noise are n draws without replacement (1903.06059)
+        bias.scatter_(1, drawn, -math.inf)
+        logits = gpt.position_head(h[:, -1]).float()  # (R,L)
+        logits = guide(logits, scales[s]) if copies == 2 else logits  # (B,L)
+        gumbel = -(-position_noise[:, s].clamp(min=1e-9).log()).log()  # (B,L)
+        drawn = (logits + gumbel + bias).topk(counts[s + 1]).indices
 
 @torch.no_grad()
 def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, start=0,

@@ -149,7 +149,7 @@ def test_sweep(place):
 
 @pytest.mark.parametrize("ckpt, wrong, message", [
     ("mergear", "--keep 5", "not trained on it"), ("raster", "--keep 6", "leave --keep out"),
-    ("mergear", "--steps 3", "only randar"), ("randar", "--steps 7", "at most K = 6"),
+    ("mergear", "--steps 3", "only randar"), ("randar", "--steps 7", "2 to K = 6"),
     ("mergear", "--cfg-sweep 2:1:1", "FIRST:LAST:STEP"), ("mergear", "--classes bird", "no class"),
     ("mergear", "--cfg-sweep 1:nan:1", "FIRST:LAST:STEP"), ("mergear", "--out /dev/null", "--out")])
 def test_mistakes(place, ckpt, wrong, message):

@@ -171,14 +171,14 @@ def test_set_loss_is_the_average_over_all_orders():
     sampled, exact, bits = [], [], []
     for rest in itertools.permutations([2, 5, 7]):
         order = torch.tensor([0, *rest])
-        before = [table[sum(2 ** p for p in order[:max(k, 1)])] for k in range(4)]
+        before = [table[sum(2 ** p for p in order[:k])] for k in (1, 2, 3)]
         nll = 0.0
-        for k in range(1, 4):
-            masked = before[k].index_fill(0, order[:k], -math.inf)
+        for k in (1, 2, 3):
+            masked = before[k - 1].index_fill(0, order[:k], -math.inf)
             nll -= masked.log_softmax(-1)[order[k]].item()
         sampled.append(nll)
         loss, row_bits = position_losses(torch.stack(before)[None], order[None])
-        exact.append(loss[0, 1:].sum().item())
+        exact.append(loss.sum().item())
         bits.append(row_bits.item())
     ordered = sum(sampled) / 6
     assert sum(exact) / 6 == pytest.approx(ordered, abs=1e-5)
@@ -219,10 +219,11 @@ def test_compact_cache_equals_masked_forward(window, keep):
         everything = torch.ones(6, 64, 64).tril().bool()
         assert not torch.allclose(full, gpt(codes, labels, keep, everything)[0][0], atol=1e-2)
 
-@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 1, 2), (4,), (2, 1, 1)])
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 1, 2), (1, 3), (1, 2, 1)])
 def test_parallel_steps_equal_the_full_forward(counts, monkeypatch):
     """Wrong rows, angles or masks in the cache: n codes asked for at once each see all pairs
-    before them and not the other n - 1; positions see all pairs. Teacher-forced by the draws."""
+    before them and not the other n - 1; so do the positions after the last of them. One call a
+    step. Teacher-forced by the draws."""
     gpt, labels = small_gpt(mode="randar"), torch.arange(6) % 3
     seen, asked = [], []
     head = gpt.head
@@ -238,13 +239,15 @@ def test_parallel_steps_equal_the_full_forward(counts, monkeypatch):
                                         [1.0] * len(counts), {})
     monkeypatch.undo()
     positions, logits, known = seen[:], asked[:], 0  # what follows is recorded too
+    assert len(logits) == len(counts) and len(positions) == len(counts) - 1
     for s, n in enumerate(counts):
         for j in range(n):  # the sequence in which code `known + j` comes next
             rest = [i for i in range(known, 4) if i != known + j]
             turn = [*range(known), known + j, *rest]
             full, next_position = gpt(drawn[:, turn], labels, 4, first=at[:, turn])
             assert torch.allclose(logits[s][:, j], full[0][:, known], atol=1e-4), (s, j)
-        assert torch.allclose(positions[s], next_position[:, known], atol=1e-4)
+        if s + 1 < len(counts):  # j is the last instruction of the step
+            assert torch.allclose(positions[s], next_position[:, known], atol=1e-4)
         known += n
 
 def test_pairs_turn_with_their_grid_position():
@@ -271,7 +274,7 @@ def test_sequence_of_randar():
     assert (orders[:, 0] == 0).all() and (orders.sort(1).values == torch.arange(4)).all()
     assert len({tuple(row) for row in orders.tolist()}) == 6
 
-@pytest.mark.parametrize("keep, steps", [(4, 1), (4, 2), (4, 4), (16, 5)])
+@pytest.mark.parametrize("keep, steps", [(4, 2), (4, 4), (16, 5)])
 def test_positions_are_drawn_once(keep, steps):
     """A position drawn twice, 0 missing, positions that are not sorted with their codes."""
     gpt = small_gpt(mode="randar", keep=keep)
@@ -281,13 +284,15 @@ def test_positions_are_drawn_once(keep, steps):
 
 def test_gumbel_top_n_is_sequential_sampling():
     """Noise of the wrong sign: two positions at once must have the law of two draws in turn."""
-    gpt = small_gpt(mode="randar", keep=2, keeps=(2,), num_classes=0)
-    logits = gpt(torch.zeros(1, 2, dtype=torch.long), torch.zeros(1, dtype=torch.long), 2,
-                 first=torch.tensor([[0, 1]]))[1][0, 0]
+    gpt = small_gpt(mode="randar", keep=3, keeps=(3,), num_classes=0)
+    zero = torch.zeros(1, 3, dtype=torch.long)
+    logits = gpt(zero, zero[0, :1], 3, first=torch.tensor([[0, 1, 2]]))[1][0, 0]
     logits[0] = -math.inf
-    _, first = sample_codes(gpt, torch.zeros(4000, dtype=torch.long), steps=1)
-    share = torch.bincount(first[:, 1], minlength=16) / 4000
-    assert torch.allclose(share, logits.softmax(-1), atol=0.03)
+    p = logits.softmax(-1)
+    expected = p + p * ((p / (1 - p)).sum() - p / (1 - p))  # drawn first, or second
+    _, first = sample_codes(gpt, torch.zeros(4000, dtype=torch.long), steps=2)
+    share = torch.bincount(first[:, 1:].flatten(), minlength=16) / 4000
+    assert torch.allclose(share, expected, atol=0.03)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_samples_do_not_depend_on_the_batch(mode):
@@ -307,7 +312,7 @@ def test_cfg_one_is_the_conditional_model(mode):
     gpt.blocks[0].register_forward_hook(lambda m, i, out: rows.append(len(out)))
     steps = 4 if mode == "randar" else None
     plain, _ = sample_codes(gpt, labels, temperature=0, steps=steps)
-    assert set(rows) == {16} and len(rows) == (8 if steps else gpt.config.prefix + 15)
+    assert set(rows) == {16} and len(rows) == (steps or gpt.config.prefix + 15)
     rows.clear()
     guided, _ = sample_codes(gpt, labels, cfg=2.0, temperature=0, steps=steps)
     assert set(rows) == {32} and not torch.equal(plain, guided)
@@ -340,7 +345,7 @@ def test_cfg_formula_and_its_schedule(mode, monkeypatch):
 def test_arccos_steps():
     """A schedule that loses codes or has idle steps; the paper's 64 of 144 and 88 of 256."""
     for keep in (1, 7, 36, 256):
-        for steps in range(1, keep + 1):
+        for steps in range(min(2, keep), keep + 1):
             counts = mergear.arccos_steps(keep, steps)
             assert len(counts) == steps and sum(counts) == keep and min(counts) >= 1
     assert len(mergear.arccos_steps(144)) == 64 and len(mergear.arccos_steps(256)) == 88
