@@ -29,6 +29,7 @@ layer, M tokens after a merge, h heads, C any channels.
 import copy
 import dataclasses
 import hashlib
+import importlib.util
 import math
 import os
 from collections import defaultdict
@@ -297,6 +298,30 @@ def run_block(block, grad_ckpt, *inputs):
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 
+def norm_groups(x, groups, scale, shift, silu):
+    """GroupNorm of x (B,C,H,W), times scale (1 or B,C), plus shift, then SiLU if wanted.
+
+    Statistics in float32; the result has x's type and is channels_last, as convolutions want it.
+    """
+    C = x.shape[1]
+    y = x.contiguous(memory_format=torch.channels_last).float()
+    y = y.unflatten(1, (groups, C // groups))                                # (B,G,C/G,H,W)
+    var, mean = torch.var_mean(y, (2, 3, 4), correction=0, keepdim=True)
+    y = ((y - mean) * (var + 1e-5).rsqrt()).flatten(1, 2)
+    y = y * scale[..., None, None] + shift[..., None, None]
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+# On a GPU, nn.GroupNorm under autocast reads and writes float32 in NCHW. As one kernel of
+# bfloat16 this takes a third of the memory traffic
+if importlib.util.find_spec("triton"):
+    norm_groups = torch.compile(norm_groups, dynamic=True)
+
+def norm_silu(x, norm):
+    """SiLU of an nn.GroupNorm: (B,C,H,W) -> (B,C,H,W)."""
+    if x.is_cuda:
+        return norm_groups(x, norm.num_groups, norm.weight[None], norm.bias[None], silu=True)
+    return F.silu(norm(x))
+
 class ResBlock(nn.Module):
     """Twice GroupNorm, SiLU, 3x3 conv; plus the input."""
 
@@ -309,8 +334,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(norm_silu(x, self.norm1))
+        h = self.conv2(norm_silu(h, self.norm2))
+        return self.skip(x).to(h.dtype) + h
 
 class CNN(nn.Module):
     """(B,3,H,W) -> (B,D,H/f,W/f): stages of residual blocks, a strided conv between them."""
@@ -455,9 +481,10 @@ class AdaptiveNorm(nn.Module):
 
     def forward(self, x, code_map):
         std = (code_map.var((2, 3)) + 1e-6).sqrt()                           # (B,d)
-        scale = self.scale(std)[..., None, None]
-        shift = self.shift(code_map.mean((2, 3)))[..., None, None]
-        return self.norm(x) * scale + shift
+        scale, shift = self.scale(std), self.shift(code_map.mean((2, 3)))    # (B,C)
+        if x.is_cuda:
+            return norm_groups(x, self.norm.num_groups, scale, shift, silu=False)
+        return self.norm(x) * scale[..., None, None] + shift[..., None, None]
 
 class Decoder(nn.Module):
     """Bits at every position (B,L,d) -> image (B,3,H,W). The encoder's mirror: a transformer
@@ -488,6 +515,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
 
     def forward(self, bits):
+        """bits (B,L,d) -> images (B,3,H,W)."""
+        return self.conv_out(self.features(bits))
+
+    def features(self, bits):
+        """All but the last layer: (B,L,d) -> (B,C,H,W). --compile takes this part."""
         side = math.isqrt(bits.shape[1])
         code_map = bits.transpose(1, 2).unflatten(2, (side, side))           # (B,d,h,w)
         x = self.conv_in(code_map)                                           # (B,D,h,w)
@@ -499,7 +531,7 @@ class Decoder(nn.Module):
             x = adaptive(x, code_map)
             for block in stage:
                 x = run_block(block, self.grad_ckpt, x)
-        return self.conv_out(F.silu(self.norm_out(x)))                       # (B,3,H,W)
+        return norm_silu(x, self.norm_out)
 
 # -----------------------------------------------------------------------------
 # Source recovery (paper Eq. 8-9, Table A2): source from the K quantised tokens.
@@ -751,11 +783,12 @@ def lecam_loss(real, fake, average):
     mean_real, mean_fake = average
     return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
-def adaptive_weight(pixel_loss, gan_loss, last_layer):
+def adaptive_weight(images, pixel_grad, gan_grad, last_layer):
     """VQGAN's balance (2012.09841 Eq. 7): |gradient of the pixel losses| / |gradient of the
-    adversarial loss| at the decoder's last layer, over all ranks."""
-    pixel, = torch.autograd.grad(pixel_loss, last_layer, retain_graph=True)
-    gan, = torch.autograd.grad(gan_loss, last_layer, retain_graph=True)
+    adversarial loss| at the decoder's last layer, over all ranks. images: the decoder's output;
+    pixel_grad, gan_grad: the gradients of the two losses by it, all (B,3,H,W)."""
+    pixel, gan = (torch.autograd.grad(images, last_layer, grad, retain_graph=True)[0]
+                  for grad in (pixel_grad, gan_grad))
     pixel, gan = mean_over_ranks(torch.stack([pixel, gan]))
     return (pixel.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
 
@@ -909,8 +942,9 @@ def main(argv=None):
         center.copy_(state["center"])
         step, skipped = state["step"], skipped + state["skipped"]
     if config.compile:
-        for part in (raw_model.encoder.stem, raw_model.decoder, discriminator):
-            part.compile()
+        raw_model.decoder.features = torch.compile(raw_model.decoder.features)
+        raw_model.encoder.stem.compile()
+        discriminator.compile()
     model, disc = parallel(raw_model, run), parallel(discriminator, run)
     if run.main:
         size = {name: sum(p.numel() for p in part.parameters()) / 1e6
@@ -922,7 +956,8 @@ def main(argv=None):
         print(f"perceptual loss {config.perceptual}, teacher {config.align}, initial weights "
               f"{config.init} (the paper: lpips, dinov2, dinov2)")
 
-    # a new loss needs its name here, a field w_NAME in the config, and a line in `losses`
+    # a new loss needs its name here, a field w_NAME in the config, and a line in `losses`.
+    # The first two look at the decoded images
     terms = ("rec", "perceptual", "commit", "entropy", "recovery", "align")
     weights = {name: getattr(config, f"w_{name}") for name in terms}
     stream = batches(train_set, config, run, step)
@@ -969,30 +1004,36 @@ def main(argv=None):
                 out = model(images, keep)
                 teacher = teacher_logits(config, ema, dinov2, images, keep, draws)
             entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
+            decoded = out.images.detach().requires_grad_()
             losses = dict(
-                rec=F.mse_loss(out.images, images),
-                perceptual=perceptual(out.images, images).mean(),
+                rec=F.mse_loss(decoded, images),
+                perceptual=perceptual(decoded, images).mean(),
                 commit=F.mse_loss(out.z, out.z.detach().sign()),
                 entropy=entropy,
                 recovery=F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten()),
                 align=align_loss(config.align, out.align, teacher, labels, center))
-            loss = sum(weights[name] * value for name, value in losses.items())
+            pixel = weights["rec"] * losses["rec"] + weights["perceptual"] * losses["perceptual"]
+            other = sum(weights[name] * losses[name] for name in terms[2:])
 
-            # adversarial term, through a frozen discriminator
+            # gradients by the decoded images; the adversarial one through a frozen discriminator
+            gradient, = torch.autograd.grad(pixel, decoded)
             if gan_on:
                 discriminator.requires_grad_(False)
                 with run.autocast():
-                    losses["gan"] = -discriminator(out.images).mean()
+                    losses["gan"] = -discriminator(decoded).mean()
                 discriminator.requires_grad_(True)
-                pixel = sum(weights[name] * losses[name] for name in ("rec", "perceptual"))
-                balance = adaptive_weight(pixel, losses["gan"], raw_model.decoder.conv_out.weight)
-                loss = loss + w_gan * balance * losses["gan"]
-            (loss / config.accum).backward()
+                gan_gradient, = torch.autograd.grad(losses["gan"], decoded)
+                balance = adaptive_weight(out.images, gradient, gan_gradient,
+                                          raw_model.decoder.conv_out.weight)
+                gradient = gradient + w_gan * balance * gan_gradient
+            # one backward pass through the tokenizer
+            torch.autograd.backward((other / config.accum, out.images),
+                                    (None, gradient / config.accum))
 
             # the discriminator's turn, on reconstructions without a graph
             if gan_on:
                 with run.autocast():
-                    real, fake = disc(torch.cat([images, out.images.detach()])).chunk(2)
+                    real, fake = disc(torch.cat([images, decoded.detach()])).chunk(2)
                 losses["disc"] = hinge_loss(real, fake)
                 losses["lecam"] = lecam_loss(real, fake, lecam)
                 disc_loss = losses["disc"] + config.w_lecam * losses["lecam"]

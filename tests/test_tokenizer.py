@@ -435,6 +435,33 @@ def test_every_parameter_is_trained(changes):
         assert p.grad is not None and p.grad.isfinite().all(), name
         assert p.grad.abs().max() > 1e-6, f"{name} cannot change the loss"
 
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_norm_groups_is_group_norm(dtype, most):
+    """Statistics in bfloat16, scale and shift of the wrong image, an output that is not
+    channels_last, or of another type."""
+    norm = torch.nn.GroupNorm(4, 12)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = (torch.randn(3, 12, 6, 6, generator=generator()) * 3 + 5).to(dtype)
+    plain = getattr(tokenizer.norm_groups, "_torchdynamo_orig_callable", tokenizer.norm_groups)
+    y = plain(x, 4, norm.weight[None], norm.bias[None], silu=True)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y.float(), F.silu(norm(x.float())), atol=most, rtol=most)
+    scale, shift = torch.randn(2, 3, 12, generator=generator(1))
+    expected = F.group_norm(x.float(), 4) * scale[..., None, None] + shift[..., None, None]
+    y = plain(x, 4, scale, shift, silu=False)
+    torch.testing.assert_close(y.float(), expected, atol=most, rtol=most)
+
+def test_adaptive_weight_is_the_ratio_at_the_last_layer():
+    """Gradients at another layer, their ratio upside down: against two whole backward passes."""
+    model = small_model().train()
+    out, last = model(random_images(4), 25), model.decoder.conv_out.weight
+    losses = out.images.square().mean(), out.images.abs().sqrt().mean()
+    pixel, gan = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in losses)
+    gradients = (torch.autograd.grad(x, out.images, retain_graph=True)[0] for x in losses)
+    weight = tokenizer.adaptive_weight(out.images, *gradients, last)
+    torch.testing.assert_close(weight, pixel / (gan + 1e-4))
+
 def test_gradient_checkpointing_changes_nothing():
     """Recomputed blocks that merge other tokens than the first time, or a skipped gradient."""
     gradients = []
@@ -461,12 +488,13 @@ def test_step_on_a_meta_device(monkeypatch):
     draws = torch.empty(4, tokenizer.AUGMENT_DRAWS, device=meta)
     teacher = tokenizer.teacher_logits(model.config, model, None, images, 25, draws)
     entropy, _, _ = tokenizer.entropy_loss(out.z)
-    gan = -discriminator(out.images).mean()
-    pixel = F.mse_loss(out.images, images)
+    decoded = out.images.detach().requires_grad_()
+    gan, = torch.autograd.grad(-discriminator(decoded).mean(), decoded)
+    pixel, = torch.autograd.grad(F.mse_loss(decoded, images), decoded)
     loss = entropy + F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten())
     loss = loss + align_loss("ema", out.align, teacher, labels, torch.zeros(8, device=meta))
-    loss = loss + gan * tokenizer.adaptive_weight(pixel, gan, model.decoder.conv_out.weight)
-    loss.backward()
+    balance = tokenizer.adaptive_weight(out.images, pixel, gan, model.decoder.conv_out.weight)
+    torch.autograd.backward((loss, out.images), (None, pixel + balance * gan))
     assert all(p.grad is not None for p in model.parameters())
     assert model.decode(bits_to_codes(out.z), out.source).device == meta
 
