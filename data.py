@@ -117,8 +117,7 @@ def load_image(content, draft_size=None):
     """The bytes of an image file -> PIL RGB, upright. Raises Unreadable. draft_size: the short
     side that is needed; libjpeg decodes a large JPEG at 1/2, 1/4 or 1/8 for less work."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             image = Image.open(io.BytesIO(content), formats=FORMATS)
             if draft_size is not None:
                 image.draft(None, (draft_size, draft_size))
@@ -157,9 +156,8 @@ def to_rgb(image):
 def center_crop(image, size):
     """The central square, resized to size x size: the one crop of validation, code extraction
     and evaluation. Its edges may lie on half pixels. Small images are enlarged."""
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+    side = min(image.size)
+    left, top = [(extent - side) / 2 for extent in image.size]
     return resize(to_rgb(image), (size, size), (left, top, left + side, top + side))
 
 def resize(image, size, box):
@@ -210,8 +208,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, labels, class_names, size, train, seed, note=""):
         self.labels = np.asarray(labels, dtype=np.int64)
-        self.class_names = class_names
-        self.num_classes = len(class_names)
+        self.class_names, self.num_classes = class_names, len(class_names)
         self.size, self.train, self.seed, self.note = size, train, seed, note
         self.faults = {}  # index -> why this image is unreadable
 
@@ -225,16 +222,15 @@ class ImageDataset(Dataset):
     def raw(self, index):
         """The bytes of the image file; None for a drawing. Raises Unreadable."""
 
-    def name(self, index):
-        return str(index)
-
-    def stamp(self, index):
-        """A text that changes when the file of image `index` does."""
-        return self.name(index)
-
     def __getitem__(self, key):
         pixels, label = self.pixels(key)
         return from_uint8(pixels[None])[0], label
+
+    def __getitems__(self, keys):
+        """For a loader: keys -> (images (n,H,W,3) uint8, labels (n,), unreadable ones found)."""
+        known = len(self.faults)
+        images, labels = zip(*map(self.pixels, keys))
+        return np.stack(images), np.array(labels), list(self.faults.items())[known:]
 
     def view(self, index, v):
         return self[View(index, v)]
@@ -243,31 +239,30 @@ class ImageDataset(Dataset):
         """ds[key] before it becomes a tensor -> ((size,size,3) uint8, label)."""
         if isinstance(key, View):
             i, number = key
-            stream, scale = VIEW_STREAM, (0.8, 1.0)
-            random, mirror = number > 1, number == 1
+            stream, scale, random = VIEW_STREAM, (0.8, 1.0), number > 1
+            mirror = number == 1
         else:
             number, i = key if isinstance(key, tuple) else (0, key)  # number: the epoch
-            stream, scale = AUGMENT_STREAM, self.crop_scale
-            random, mirror = self.train, False
+            stream, scale, random = AUGMENT_STREAM, self.crop_scale, self.train
+            mirror = False
         i = range(len(self))[i]
-        # twice the size: even the smallest crop keeps more pixels than the result has
-        image, label = self.read(i, 2 * self.size)
+        image, label = self.read(i)
         draws = uniform(5, self.seed, stream, number, i)
         if random and scale:
             box = random_box(image.size, draws, scale)
             image = resize(image, (self.size, self.size), box)
         else:
             image = center_crop(image, self.size)
-        if draws[4] < 0.5 if random else mirror:
-            image = ImageOps.mirror(image)
-        return np.array(image), label
+        mirror = draws[4] < 0.5 if random else mirror
+        return np.array(ImageOps.mirror(image) if mirror else image), label
 
-    def read(self, index, draft_size):
+    def read(self, index):
         """The first readable image from `index` on -> (PIL image, label)."""
         for i in itertools.chain(range(index, len(self)), range(index)):
             if i not in self.faults:
                 try:
-                    return self.load(i, draft_size), int(self.labels[i])
+                    # twice the size: even the smallest crop keeps more pixels than the result has
+                    return self.load(i, 2 * self.size), int(self.labels[i])
                 except Unreadable as error:
                     self.add_fault(i, str(error))
         raise UserError(f"none of the {len(self)} images can be read, for instance "
@@ -429,6 +424,12 @@ class Entry(NamedTuple):
 def images_of(entries):
     return [entry for entry in entries if not entry.path.endswith("/")]
 
+def below(entries, top):
+    """The entries in the folder `top`, which is cut off their paths."""
+    found = [entry for entry in entries if entry.top().lower() == top]
+    cut = [entry._replace(path=entry.path.partition("/")[2]) for entry in found]
+    return [entry for entry in cut if entry.path]
+
 class Found:
     """What lies at --data."""
 
@@ -445,31 +446,29 @@ class Found:
         return kind in EXTENSIONS
 
     def omitted(self):
-        most = self.left_out.most_common(10)
-        return ", ".join(f"{number} {kind}" for kind, number in most if number)
+        most = (+self.left_out).most_common(10)  # without zeros
+        return ", ".join(f"{number} {kind}" for kind, number in most)
 
 class ImageFiles(ImageDataset):
     """Images in folders or tars. The pixels stay there; paths and offsets are held."""
 
     def __init__(self, spec, split, size, train, seed, labelled=True):
-        spec = os.path.expanduser(str(spec))
-        found = find_images(spec)
-        images, class_names, labels, notes = select(found, spec, split, labelled)
+        self.root = os.path.expanduser(str(spec))
+        found = find_images(self.root)
+        images, class_names, labels, notes = select(found, self.root, split, labelled)
         super().__init__(labels, class_names, size, train, seed, "; ".join(notes))
         # compact arrays: every loader process would copy a million Python objects
         self.names = np.array([os.fsencode(image.name) for image in images])
         self.places = np.array([image.where for image in images])
-        self.root, self.shards = spec, found.shards
+        self.shards = found.shards
 
     def file(self, index):
         """The image's own file, or the tar that it lies in."""
-        if self.shards:
-            return self.shards[self.places[index, 0]]
-        return os.path.join(self.root, os.fsdecode(self.names[index]))
+        return self.shards[self.places[index, 0]] if self.shards else self.name(index)
 
     def name(self, index):
-        inside = "/" + os.fsdecode(self.names[index]) if self.shards else ""
-        return self.file(index) + inside
+        folder = self.file(index) if self.shards else self.root
+        return os.path.join(folder, os.fsdecode(self.names[index]))
 
     def raw(self, index):
         try:
@@ -482,6 +481,7 @@ class ImageFiles(ImageDataset):
             raise Unreadable(error.strerror or str(error)) from None
 
     def stamp(self, index):
+        """A text that changes when the file does, for digest()."""
         status = None
         with contextlib.suppress(OSError):
             status = os.stat(self.file(index))
@@ -496,8 +496,7 @@ def find_images(spec):
         found.entries = [Entry(p, p) for p in paths if p.endswith("/") or found.is_image(p)]
         tars = [os.path.join(spec, path) for path in paths if path.lower().endswith(".tar")]
     else:
-        root = os.path.dirname(re.split(r"[*?\[{]", spec)[0])
-        tars = find_tars(spec)
+        root, tars = os.path.dirname(re.split(r"[*?\[{]", spec)[0]), find_tars(spec)
     if not images_of(found.entries):
         del found.left_out[".tar"]
         found.shards = tars
@@ -508,13 +507,12 @@ def find_images(spec):
     return found
 
 def walk(root, found, prefix="", above=()):
-    """Yield the paths below a folder, those of folders with "/" at their end. Links are
-    followed, but never back up. A folder that cannot be listed costs itself alone."""
+    """Yield the paths in a folder; a folder's ends with "/". No link leads back up."""
     top = os.path.join(root, prefix[:-1])
     above = (*above, os.path.realpath(top))
     try:
         items = sorted(os.scandir(top), key=lambda item: item.name)
-    except OSError as error:
+    except OSError as error:  # a folder that cannot be listed costs itself alone
         found.left_out[f"{top}/ ({error.strerror})"] += 1
         return
     if prefix:
@@ -552,72 +550,68 @@ def read_tars(found):
         found.left_out.update(inside.left_out)
         found.class_list = found.class_list or inside.class_list
     images = images_of(entries)
-    missing = [f"{found.shards[image.where[0]]}/{image.name}" for image in images
-               if not image.label]
-    if 0 < len(missing) < len(images):
-        raise UserError(f"{missing[0]} has no .cls and no label in a .json: add it, as for others")
-    return entries if missing else images  # with labels a folder is no class
+    bare = [f"{found.shards[i.where[0]]}/{i.name}" for i in images if not i.label]
+    if 0 < len(bare) < len(images):
+        raise UserError(f"{bare[0]} has no .cls and no label in a .json: add it, as for others")
+    return entries if bare else images  # with labels a folder is no class
 
 @functools.lru_cache(maxsize=None)  # the train and the val split read the same tars
 def read_tar(path, mtime, size):
-    """Headers of one tar, up to its last byte -> Found. Raises UserError."""
-    found, files, labels, start = Found(), {}, {}, 0
+    """Headers of one tar -> Found. Raises UserError."""
+    found, files, texts = Found(), {}, {}
     try:
-        with open(path, "rb") as file:
-            while start < size:  # several archives may lie in one file
-                file.seek(start)
-                tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
-                for member in tar:
-                    read_member(tar, member, found, files, labels)
-                start = end_of_archive(file, tar.offset)
+        for tar, member in tar_members(path, size):
+            name = os.path.normpath(member.name).lstrip("/")
+            if any(part[0] == "." or part in STRAY for part in name.split("/")):
+                found.left_out["hidden"] += not member.isdir()
+            elif member.isdir():
+                found.entries.append(Entry(name + "/", name + "/"))
+            elif name == CLASS_LIST or name.endswith((".cls", ".json")):
+                text = tar.extractfile(member).read()
+                texts[name] = text.decode("utf-8", "surrogateescape")
+            elif found.is_image(name):
+                found.left_out["replaced by a later one of the same name"] += name in files
+                files[name] = member.offset_data, member.size
+                if member.issym() or member.islnk():  # a symbolic link starts at its own folder
+                    link = os.path.join(os.path.dirname(name), member.linkname)
+                    link = link if member.issym() else member.linkname
+                    files[name] = os.path.normpath(link).lstrip("/")
     except (tarfile.TarError, ValueError, OSError) as error:
         raise UserError(f"{path} is no intact, uncompressed tar file ({error}): fetch it again")
+    found.class_list = texts.get(CLASS_LIST, "").splitlines()
     for name, where in files.items():
         where = files.get(where, where)  # follow a link
         if isinstance(where, str):
             found.left_out["links to no image"] += 1
-            continue
-        # a key of WebDataset ends before the extension, or at the first dot of the name
-        label = labels.get(os.path.splitext(name)[0])
-        label = label or labels.get(re.match(r"(.*/)?[^/.]*", name)[0], "")
-        found.entries.append(Entry(name, name, where, label))
+        else:
+            found.entries.append(Entry(name, name, where, label_of(name, texts)))
     return found
 
-def read_text(tar, member):
-    return tar.extractfile(member).read().decode("utf-8", "surrogateescape")
+def tar_members(path, size):
+    """Yield (TarFile, member) up to the last byte of a file. Raises tarfile.ReadError."""
+    end = 0
+    with open(path, "rb") as file:
+        while end < size:  # several archives may lie in one file
+            file.seek(end)
+            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
+            yield from ((tar, member) for member in tar)
+            # zeros close an archive. At a damaged header tarfile stops too, without a word
+            end = file.seek(tar.offset)
+            while (block := file.read(512)) and not block.strip(b"\0"):
+                end += len(block)
+            if end == tar.offset:
+                raise tarfile.ReadError(f"no valid header and no end mark at byte {end}")
 
-def read_member(tar, member, found, files, labels):
-    """Sort one member of a tar: folder, label, class list, or image (a place or a link)."""
-    path = os.path.normpath(member.name).lstrip("/")
-    base, extension = os.path.splitext(path)
-    if any(part[0] == "." or part in STRAY for part in path.split("/")):
-        found.left_out["hidden"] += not member.isdir()
-    elif member.isdir():
-        found.entries.append(Entry(path + "/", path + "/"))
-    elif path == CLASS_LIST:
-        found.class_list = read_text(tar, member).splitlines()
-    elif extension == ".cls":
-        labels[base] = read_text(tar, member).strip()
-    elif extension == ".json":
-        with contextlib.suppress(ValueError, TypeError):  # of another kind
-            record = dict(json.loads(read_text(tar, member)))
-            labels.setdefault(base, str(record.get("label", record.get("cls", ""))))
-    elif found.is_image(path):
-        found.left_out["replaced by a later one of the same name"] += path in files
-        files[path] = member.offset_data, member.size
-        if member.issym() or member.islnk():  # a symbolic link starts at its own folder
-            above = os.path.dirname(path) if member.issym() else ""
-            files[path] = os.path.normpath(os.path.join(above, member.linkname)).lstrip("/")
-
-def end_of_archive(file, offset):
-    """Where the zeros end that close a tar. At a damaged header, where tarfile stops without a
-    word, there are none. Raises tarfile.ReadError."""
-    end = file.seek(offset)
-    while (block := file.read(512)) and not block.strip(b"\0"):
-        end += len(block)
-    if end == offset:
-        raise tarfile.ReadError(f"no valid header and no end mark at byte {offset}")
-    return end
+def label_of(name, texts):
+    """The label of a WebDataset image, whose key ends before the extension or at the first dot."""
+    for key in (os.path.splitext(name)[0], re.match(r"(.*/)?[^/.]*", name)[0]):
+        label = texts.get(f"{key}.cls", "").strip()
+        with contextlib.suppress(ValueError, TypeError):  # JSON of another kind
+            record = dict(json.loads(texts.get(f"{key}.json", "{}")))
+            label = label or str(record.get("label", record.get("cls", "")))
+        if label:
+            return label
+    return ""
 
 def name_by_tar(entries, tars, root):
     """Paths as if all tars were unpacked below `root`: the names of tars tell split and class."""
@@ -627,32 +621,26 @@ def name_by_tar(entries, tars, root):
         depth = min(image.path.count("/") for image in images)
         if depth < 2 or len(tops) > 1 or tops & set(SPLIT_WORDS):
             break
-        inner = [(entry, entry.path.partition("/")[2]) for entry in entries]
-        entries = [entry._replace(path=path) for entry, path in inner if path]
+        entries = below(entries, *tops)
     if not images or tops & set(SPLIT_WORDS):
         return entries
     names = [os.path.relpath(tar, root or ".")[:-len(".tar")] for tar in tars]
-    splits = [split_word(name) for name in names]
+    splits, classes = zip(*map(read_tar_name, names))
     if any(splits) and not set(splits) & set(TRAIN_WORDS):
         splits = [word or "train" for word in splits]
-    classes = [class_word(name) for name in names]
     if tops != {""} or len(set(classes)) == 1 or images[0].label:
         classes = [""] * len(tars)
-    folders = [f"{split}/{name}/".lstrip("/").replace("//", "/")
-               for split, name in zip(splits, classes)]
+    folders = [os.path.join(*parts, "") for parts in zip(splits, classes)]
     return [entry._replace(path=folders[entry.where[0]] + entry.path) for entry in entries]
 
-def split_word(name):
-    """The split word in a tar's path: the name of a folder, or a word of the tar's own name."""
-    *folders, name = name.lower().split("/")
-    words = folders + re.split("[^a-z]+", name)
-    return next((word for word in SPLIT_WORDS if word in words), "")
-
-def class_word(name):
-    """A tar's name without split word and shard number: the class, where each class has a tar."""
-    words = rf"{'|'.join(SPLIT_WORDS)}|(shard|part|chunk|data)?[-_]?\d+"
-    name = re.sub(rf"(?i)(?<![a-z\d])({words})(?![a-z\d])", "", os.path.basename(name))
-    return name.strip("-_. ")
+def read_tar_name(name):
+    """val/cat-000 -> ("val", "cat"): split and class, or "", where each class has its own tar."""
+    folder, name = os.path.split(name)
+    words = folder.lower().split("/") + re.split("[^a-z]+", name.lower())
+    split = next((word for word in SPLIT_WORDS if word in words), "")
+    noise = rf"{'|'.join(SPLIT_WORDS)}|(shard|part|chunk|data)?[-_]?\d+"
+    name = re.sub(rf"(?i)(?<![a-z\d])({noise})(?![a-z\d])", "", name)
+    return split, name.strip("-_. ")
 
 def select(found, spec, split, labelled):
     """-> (images of the split, class names, labels, notes). Raises UserError."""
@@ -664,44 +652,39 @@ def select(found, spec, split, labelled):
         raise UserError(f"{spec} has validation images only: pass a data set with train images")
     # the classes are those of the training images; a class id is a place in their list
     names = class_names(train or val, found, notes) if labelled else []
-    source, val = images_of(train or val), images_of(val)
-    outside = len(images_of(entries)) - len(images_of(train)) - len(val)
+    source = images_of(train or val)
+    images = [image for image in source if image.class_name() or not names]
+    outside = len(images_of(entries)) - len(images_of(train + val))
     if outside:
         notes.append(f"{outside} images outside the folders of train and val left out")
-    if names:
-        inside = [image for image in source if image.class_name()]
-        if len(inside) < len(source):
-            notes.append(f"{len(source) - len(inside)} images without a class left out")
-        source = inside
-    picked = val if train and split == "val" else source
-    if not val:
+    if len(images) < len(source):
+        notes.append(f"{len(source) - len(images)} images without a class left out")
+    if not images_of(val):
         notes.append("no val images of its own: about 1 in 20, by a hash of its path, is val")
-        picked = hold_out(source, split)
+        images = hold_out(images, split)
+    elif train and split == "val":
+        images = images_of(val)
     if found.omitted():
         notes.append(f"left out: {found.omitted()}")
     ids = {name: number for number, name in enumerate(names)}
-    labels = [ids.get(image.class_name()) if names else 0 for image in picked]
+    labels = [ids.get(image.class_name()) if names else 0 for image in images]
     if None in labels:
-        read_label_file(found, spec, picked, labels, ids)
-    return picked, names, labels, notes
+        read_label_file(found, spec, images, labels, ids)
+    return images, names, labels, notes
 
 def divide(entries):
     """-> (train, val): entries by the split word in front of their paths, which is cut off."""
-    images = [(image.top().lower(), image.path.count("/")) for image in images_of(entries)]
-    tops = {top for top, _ in images}
+    images = images_of(entries)
+    tops = {image.top().lower() for image in images}
     train = next((word for word in TRAIN_WORDS if word in tops), None)
     val = next((word for word in VAL_WORDS if word in tops), None)
     # a class may be called train: then it holds no folders and stands next to other classes
     classes = tops - {"", *SPLIT_WORDS}
-    nested = any(top in SPLIT_WORDS and depth > 1 for top, depth in images)
+    nested = {image.top().lower() for image in images if image.path.count("/") > 1}
+    nested &= set(SPLIT_WORDS)
     if not (train or val) or classes and not nested and not (train and val):
         return entries, []
-    parts = {train: [], val: []}
-    for entry in entries:
-        top, _, path = entry.path.partition("/")
-        if path and top.lower() in parts:
-            parts[top.lower()].append(entry._replace(path=path))
-    return parts[train], parts[val]
+    return below(entries, train), below(entries, val)
 
 def class_names(entries, found, notes):
     """The classes of the training entries in the order of their ids; [] without labels."""
@@ -709,10 +692,8 @@ def class_names(entries, found, notes):
     names = {image.class_name() for image in images} - {""}
     if not names or names <= set(found.class_list):
         return found.class_list if names else []
-    if images[0].label and all(name.isdecimal() for name in names):  # the label is the id
-        highest = max(int(name) for name in names)
-        assert highest < 1_000_000, f"class id {highest}"
-        return [str(number) for number in range(highest + 1)]
+    if images[0].label and all(name.isdecimal() and len(name) < 7 for name in names):
+        return [str(number) for number in range(max(map(int, names)) + 1)]  # labels are ids
     empty = {entry.top() for entry in entries} - names - {""}
     if empty:
         notes.append(f"{len(empty)} classes without images: {', '.join(sorted(empty)[:20])}")
@@ -721,15 +702,15 @@ def class_names(entries, found, notes):
 def hold_out(images, split):
     """A split without a val of its own, by a hash of the path: new images move no old one."""
     hashes = [int(hashlib.sha1(os.fsencode(i.path)).hexdigest()[:16], 16) for i in images]
-    val = [number % 20 == 0 for number in hashes]
-    if all(val) or not any(val):  # very few images: one is val, and a single one is both
-        val = [number == min(hashes) for number in hashes]
-    wanted = [split == "val"] if len(images) > 1 else [False, True]
-    return [image for image, out in zip(images, val) if out in wanted]
+    val = {number for number in hashes if number % 20 == 0}
+    if len(val) in (0, len(images)):  # very few images: one is val, and a single one is both
+        val = {min(hashes)}
+    if len(images) == 1:
+        return images
+    return [i for i, number in zip(images, hashes) if (number in val) == (split == "val")]
 
 def read_label_file(found, spec, images, labels, ids):
-    """Put the labels of a flat val/ where `labels` holds None, from a file in val/ or next to
-    it: lines "filename class" (name or id), or these two and more between tabs."""
+    """Put the labels of a flat val/ where `labels` holds None. They are in val/ or next to it."""
     wrong = images[labels.index(None)]
     folders = [os.path.join(spec, wrong.name.split("/")[0]), spec]
     if found.shards:
@@ -743,10 +724,10 @@ def read_label_file(found, spec, images, labels, ids):
     listed = {}
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
         for number, line in enumerate(filter(str.strip, lines), 1):
+            # more fields may follow between tabs; without tabs a filename may hold spaces
             fields = line.strip().split("\t") if "\t" in line else line.rsplit(maxsplit=1)
             if len(fields) < 2 or fields[1] not in numbers:
-                raise UserError(f"{file} line {number}: {line.strip()!r} is not 'filename class' "
-                                "with a class of train")
+                raise UserError(f"{file} line {number} is not 'filename class of train': {line}")
             listed[fields[0]] = numbers[fields[1]]
     for i, image in enumerate(images):
         if labels[i] is None:
@@ -766,34 +747,21 @@ def subset(total, num, seed=0):
 
 def loader_workers(config):
     """--workers -> loader processes of this rank."""
-    if config.workers >= 0:
-        return config.workers
-    return 0 if config.data == "shapes" else min(8, os.cpu_count() or 1)
+    default = 0 if config.data == "shapes" else min(8, os.cpu_count() or 1)
+    return default if config.workers < 0 else config.workers
 
 def ignore_signals(worker):
     """Loader processes get Ctrl-C and SIGTERM too, but the training loop decides when to stop."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
-class Reader(Dataset):
-    """What a loader process runs: keys -> (images (n,H,W,3) uint8, labels (n,), new faults)."""
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __getitem__(self, keys):
-        known = len(self.dataset.faults)
-        images, labels = zip(*map(self.dataset.pixels, keys))
-        return np.stack(images), np.array(labels), list(self.dataset.faults.items())[known:]
-
 def load_batches(dataset, keys, run, workers=0):
     """Lists of keys (i, (epoch, i) or View(i, v)) -> (images (n,3,H,W) in [-1,1], labels (n,))
     on run.device, in the order of the lists."""
     # its own generator leaves the global random state untouched. Images go as uint8 in numpy
     # arrays, which travel through pipes; tensors would fill /dev/shm
-    loader = DataLoader(Reader(dataset), batch_size=None, sampler=keys, num_workers=workers,
-                        worker_init_fn=ignore_signals, generator=torch.Generator(),
-                        collate_fn=tuple)
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=tuple,
+                        worker_init_fn=ignore_signals, generator=torch.Generator())
     try:
         for *arrays, faults in loader:
             for index, reason in faults:
@@ -855,7 +823,7 @@ def image_grid(rows, path, labels=None, columns=8, row_titles=None, scale=None):
     height, width = rows[0].shape[-2:]
     scale = scale or math.ceil(96 / height)
     cell, gap, head = (width * scale, height * scale), 4, 14 if labels else 0
-    side = int(max(font.getlength(title) for title in titles)) + 8 if row_titles else 0
+    side = int(max(map(font.getlength, titles))) + 8 if row_titles else 0
     step_x, step_y = cell[0] + gap, cell[1] + gap + head
     size = (side + gap + max(map(len, rows)) * step_x, gap + len(rows) * step_y)
     sheet = Image.new("RGB", size, "white")
@@ -872,8 +840,9 @@ def image_grid(rows, path, labels=None, columns=8, row_titles=None, scale=None):
                 text = text[:-1]
             pen.text((left, top), text, "black", font)
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    sheet.save(f"{path}.tmp", format="PNG")
-    os.replace(f"{path}.tmp", path)  # a reader sees the old picture or the new one
+    new = f"{path}.tmp{os.getpid()}"  # a reader sees the old picture or the new one
+    sheet.save(new, format="PNG")
+    os.replace(new, path)
 
 def plain(text):
     return str(text).encode("ascii", "replace").decode()  # the built-in font has no other letters
@@ -928,44 +897,36 @@ def augment(images, draws):
 # ------------------------------------------------------------------------------
 # Packing: photos are far larger than the crops we train on, and decoding them costs most
 
-class Shrunk(Dataset):
-    """Item i -> (JPEG bytes of image i, ""), or (None, why it cannot be packed). The short side
+def shrink(dataset, size, index):
+    """-> (JPEG bytes of image `index`, ""), or (None, why it cannot be packed). The short side
     is at most 1.5 times `size`: crops of 45 % of the area or more are not enlarged."""
-
-    def __init__(self, dataset, size):
-        self.dataset, self.short = dataset, round(1.5 * size)
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        buffer = io.BytesIO()
-        try:
-            image, raw = self.dataset.load(index, 2 * self.short), self.dataset.raw(index)
-            scale = self.short / min(image.size)
-            if scale >= 1 and raw and raw.startswith(b"\xff\xd8"):
-                return raw, ""  # a JPEG that is small already stays as it is
-            if scale < 1:
-                size = tuple(max(1, round(side * scale)) for side in image.size)
-                image = resize(image, size, (0, 0, *image.size))
-            image.save(buffer, "JPEG", quality=95)
-        except Unreadable as error:
-            return None, str(error)
-        except (OSError, ValueError) as error:  # for instance a side above JPEG's 65,535
-            return None, f"as JPEG of {image.size[0]} x {image.size[1]}: {error}"
-        return buffer.getvalue(), ""
+    short, buffer = round(1.5 * size), io.BytesIO()
+    try:
+        image, raw = dataset.load(index, 2 * short), dataset.raw(index)
+        scale = short / min(image.size)
+        if scale >= 1 and raw and raw.startswith(b"\xff\xd8"):
+            return raw, ""  # a JPEG that is small already stays as it is
+        if scale < 1:
+            small = tuple(max(1, round(side * scale)) for side in image.size)
+            image = resize(image, small, (0, 0, *image.size))
+        image.save(buffer, "JPEG", quality=95)
+    except Unreadable as error:
+        return None, str(error)
+    except (OSError, ValueError) as error:  # for instance a side above JPEG's 65,535
+        return None, f"as JPEG of {image.size[0]} x {image.size[1]}: {error}"
+    return buffer.getvalue(), ""
 
 def pack(spec, out, size, shard_size=10_000, workers=0, seed=0, labels=True):
     """Write OUT/train-000000.tar, ..., OUT/val-000000.tar, ... with class folders inside. An
     image that cannot be packed is named and left out. Raises UserError."""
     if os.path.exists(out) and os.listdir(out):
         raise UserError(f"--pack {out} exists already: pass a new folder, or delete it first")
-    partial = out.rstrip("/") + ".partial"  # becomes OUT at the end
-    shutil.rmtree(partial, ignore_errors=True)
-    datasets = [build_dataset(spec, split, size, False, seed, labels) for split in ("train", "val")]
+    splits = ("train", "val")
+    datasets = [build_dataset(spec, split, size, False, seed, labels) for split in splits]
+    partial = f"{out.rstrip('/')}.partial{os.getpid()}"  # becomes OUT at the end
     make_folder(partial, "--pack")
     try:
-        for split, dataset in zip(("train", "val"), datasets):
+        for split, dataset in zip(splits, datasets):
             print(f"{split}: {dataset.describe()}")
             pack_split(dataset, f"{partial}/{split}", size, shard_size, workers)
         os.replace(partial, out)
@@ -974,21 +935,24 @@ def pack(spec, out, size, shard_size=10_000, workers=0, seed=0, labels=True):
 
 def pack_split(dataset, prefix, size, shard_size, workers):
     names = [name.replace("/", "_") for name in dataset.class_names]
-    images = DataLoader(Shrunk(dataset, size), batch_size=None, num_workers=workers,
-                        worker_init_fn=ignore_signals)
-    images = enumerate(tqdm(images, os.path.basename(prefix)))
-    skipped = []
-    for shard in range(math.ceil(len(dataset) / shard_size)):
-        with tarfile.open(f"{prefix}-{shard:06d}.tar", "w", encoding="utf-8") as tar:
+    rows, skipped = range(len(dataset)), []
+    # the loader maps shrink() over the rows, in order
+    images = DataLoader(rows, batch_size=None, collate_fn=functools.partial(shrink, dataset, size),
+                        num_workers=workers, worker_init_fn=ignore_signals)
+    images = iter(tqdm(images, os.path.basename(prefix)))
+    for start in rows[::shard_size]:
+        path = f"{prefix}-{start // shard_size:06d}.tar"
+        with tarfile.open(path, "w", encoding="utf-8") as tar:
             if names:
                 add_to_tar(tar, CLASS_LIST, os.fsencode("\n".join(names)))
-            for index, (jpeg, reason) in itertools.islice(images, shard_size):
-                stem = os.path.splitext(os.path.basename(dataset.name(index)))[0]
-                folder = names[dataset.labels[index]] + "/" if names else ""
-                if jpeg is None:
-                    skipped.append(f"{dataset.name(index)} ({reason})")
+            for index, (jpeg, reason) in zip(rows[start:start + shard_size], images):
+                name = dataset.name(index)
+                stem = f"{index:08d}_{os.path.splitext(os.path.basename(name))[0]}"
+                folder = names[dataset.labels[index]] if names else ""
+                if jpeg:
+                    add_to_tar(tar, os.path.join(folder, f"{stem}.jpg"), jpeg)
                 else:
-                    add_to_tar(tar, f"{folder}{index:08d}_{stem}.jpg", jpeg)
+                    skipped.append(f"{name} ({reason})")
     if len(skipped) == len(dataset):
         raise UserError(f"none of the images can be packed, for instance {skipped[0]}")
     if skipped:
@@ -1006,8 +970,8 @@ def add_to_tar(tar, name, content):
 def arg(*values, help="", choices=None, low=-1e9, high=1e9):
     """A config field that is a flag too: one value, or one for each preset of the class. A
     field without `help` takes help, choices and range of RunConfig's."""
-    meta = dict(values=values, help=help, choices=choices, low=low, high=high)
-    return dataclasses.field(default=values[0], metadata=meta)
+    meta = dict(help=help, choices=choices, low=low, high=high)
+    return dataclasses.field(default=values[0], metadata=dict(values=values, flag=meta))
 
 @dataclasses.dataclass
 class RunConfig:
@@ -1029,7 +993,7 @@ class RunConfig:
     clip: float = arg(1.0, help="the gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.999, help="decay of the weight average that later stages use", low=0, high=1)
     workers: int = arg(-1, help="loader processes; -1: 0 for shapes, else 8", low=-1, high=256)
-    log_every: int = arg(10, help="steps between lines of metrics.jsonl", low=1)
+    log_every: int = arg(10, help="steps between logs; Ctrl-C and SIGTERM are seen then", low=1)
     eval_every: int = arg(1000, help="steps between evaluations with pictures", low=1)
     save_every: int = arg(1000, help="steps between checkpoints", low=1)
     labels: bool = arg(True, help="class folders are classes; --no-labels: no labels")
@@ -1047,8 +1011,8 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaint is a UserError: one line on stderr, exit code 2."""
 
     def __init__(self, **kwargs):
-        kwargs["formatter_class"] = argparse.RawDescriptionHelpFormatter
-        super().__init__(allow_abbrev=False, **kwargs)
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(allow_abbrev=False, formatter_class=style, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -1077,20 +1041,18 @@ def parse_value(kind, low, high, text):
     return values if kind is tuple else values[0]
 
 def parse_config(config_class, doc, argv=None, presets=None, flag=""):
-    """Command line -> config. --flag chooses one of `presets`; a typed flag beats it.
-    Raises UserError on an unknown flag or a value outside the range that its field states."""
+    """Command line -> config. --flag chooses one of `presets`; a typed flag beats it."""
     chosen = {}
     if presets:
         first = Parser(add_help=False)
         first.add_argument("--" + flag, default=next(iter(presets)), choices=presets)
         chosen = presets[getattr(first.parse_known_args(argv)[0], flag)]
     parser = Parser(description=doc)
+    shared = RunConfig.__dataclass_fields__
     for f in dataclasses.fields(config_class):
-        meta = f.metadata
-        if not meta["help"]:  # restated only for its value
-            meta = RunConfig.__dataclass_fields__[f.name].metadata
-        parser.flag(f.name, f.type, chosen.get(f.name, f.default), meta["help"],
-                    meta["choices"], meta["low"], meta["high"])
+        # restated only for its value, a field has no help
+        meta = f.metadata["flag"] if f.metadata["flag"]["help"] else shared[f.name].metadata["flag"]
+        parser.flag(f.name, f.type, chosen.get(f.name, f.default), **meta)
     return config_class(**vars(parser.parse_args(argv)))
 
 # Processes and devices
@@ -1115,8 +1077,7 @@ class Run(NamedTuple):
             dist.barrier()
 
 def start_run(config):
-    """Pick device and dtype, print them, join torchrun's process group. Returns Run.
-    Raises UserError when the device is not there."""
+    """Pick device and dtype, print them, join torchrun's process group. Raises UserError."""
     name = config.device
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -1133,8 +1094,8 @@ def start_run(config):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    dtype = "bfloat16" if cuda else "float32"
-    dtype = dtype if config.dtype == "auto" else config.dtype
+    default = "bfloat16" if cuda else "float32"
+    dtype = default if config.dtype == "auto" else config.dtype
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         timeout = datetime.timedelta(minutes=30)
@@ -1158,9 +1119,8 @@ class MeanOverRanks(torch.autograd.Function):
 
 def mean_over_ranks(x):
     """Mean of a tensor over all ranks, differentiable; x itself on one process."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    return MeanOverRanks.apply(x)
+    alone = not dist.is_initialized() or dist.get_world_size() == 1
+    return x if alone else MeanOverRanks.apply(x)
 
 def gather_rows(rows, run):
     """Rows (n,...) of this rank's block -> (N,...) of all ranks in order, on the CPU."""
@@ -1191,23 +1151,21 @@ def seeded(*key):
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 def catch_signals():
-    """SIGTERM and Ctrl-C only append to the list that is returned, for the training loop to
-    stop after its step. A second one ends the process at once."""
+    """A list to which SIGTERM and Ctrl-C are added, for the training loop to stop after its step.
+    A second one ends the process at once."""
     asked = []
 
     def note(number, frame):
         asked.append(number)
         restore_signals()
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, note)
-        signal.signal(signal.SIGTERM, note)
+    restore_signals(note, note)
     return asked
 
-def restore_signals():
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def restore_signals(interrupt=signal.default_int_handler, terminate=signal.SIG_DFL):
+    if threading.current_thread() is threading.main_thread():  # Python allows no other
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
 
 # The output folder and what is in it
 
@@ -1215,15 +1173,14 @@ CHECKPOINT_VERSION = 3
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
 def open_out(config, run, kind, fixed=()):
-    """Claim --out. Returns the state of its checkpoint with --resume, else None. Ends the script
-    when that run is at --max-steps already. Raises UserError when a run is there or at work, or
-    when a resumed run has another value in a field of `fixed`: those change the model, but no
-    shape of its tensors."""
-    path, metrics = f"{config.out}/ckpt.pt", f"{config.out}/metrics.jsonl"
+    """Claim --out -> the state of its checkpoint with --resume, else None. A field of `fixed`
+    changes the model but no shape of its tensors: a resumed run must keep it. Exits when that run
+    is at --max-steps. Raises UserError."""
+    path = f"{config.out}/ckpt.pt"
     if run.main:
-        if config.resume and not os.path.exists(path):
+        old = [f for f in (path, f"{config.out}/metrics.jsonl") if os.path.exists(f)]
+        if config.resume and path not in old:
             raise UserError(f"--resume: there is no {path}; leave --resume out to start a run")
-        old = [file for file in (path, metrics) if os.path.exists(file)]
         if old and not (config.resume or config.overwrite):
             raise UserError(f"--out {config.out} holds a run already: pass --resume to continue "
                             "it, --overwrite to replace it, or another --out")
@@ -1241,13 +1198,12 @@ def open_out(config, run, kind, fixed=()):
         return None
     state = load_checkpoint(path, kind, run.device)
     for name in fixed:
-        if state["config"][name] != getattr(config, name):
-            raise UserError(f"--resume: the run in {config.out} has {name} "
-                            f"{state['config'][name]}, not {getattr(config, name)}: pass its flags")
+        old, new = state["config"][name], getattr(config, name)
+        if old != new:
+            raise UserError(f"--resume: {config.out} has {name} {old}, not {new}: pass its flags")
     if state["step"] >= config.max_steps:
         if run.main:
-            print(f"the run in {config.out} is at step {state['step']} already: "
-                  "to go on, raise --max-steps")
+            print(f"{config.out} is at step {state['step']} already: raise --max-steps to go on")
         sys.exit(0)
     return state
 
@@ -1332,25 +1288,24 @@ class Metrics:
         with open(self.path) as file:  # a kill may leave half a line at the end
             return [json.loads(line) for line in file if line.endswith("\n")]
 
-    def write(self, step, **values):
+    def write(self, **values):
         """One JSON line, numbers rounded."""
         values = {k: round(v, 7) if isinstance(v, float) else v for k, v in values.items()}
         if self.run.main:
             with open(self.path, "a") as file:
-                file.write(json.dumps(dict(step=step, **values)) + "\n")
+                file.write(json.dumps(values) + "\n")
 
     def scores(self, step, scores):
         """The line of an evaluation, printed too; and the curves so far."""
-        self.write(step, **scores)
+        self.write(step=step, **scores)
         if self.run.main:
             text = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self.bar.write(f"step {step}: {text}")
             plot_rows(self.rows(), f"{self.config.out}/curves.png", self.curves)
 
     def log(self, step, values, stop, show, **more):
-        """The line of training step `step`: 0-d tensors `values`, averaged over all ranks and
-        read from the device at once; `more` are numbers. `show` names what the bar displays.
-        Returns whether any rank has been asked to stop."""
+        """The line of training step `step`: 0-d tensors `values`, averaged over all ranks and read
+        at once; `more` are numbers; the bar shows those named in `show`. -> is any rank to stop?"""
         asked = torch.tensor(float(bool(stop)), device=self.run.device)
         numbers = torch.stack([asked, *(v.detach().float() for v in values.values())])
         asked, *numbers = mean_over_ranks(numbers).tolist()
@@ -1358,7 +1313,7 @@ class Metrics:
         speed = (step - self.step) * self.config.batch_size / (time.time() - self.time)
         self.bar.update(step - self.step)
         self.time, self.step = time.time(), step
-        self.write(step, **values, images_per_s=speed)
+        self.write(step=step, **values, images_per_s=speed)
         shown = {name: f"{values[name]:.4g}" for name in show}
         self.bar.set_postfix(**shown, im_s=f"{speed:.0f}")
         return asked > 0
@@ -1389,16 +1344,16 @@ def end_run(config, run, step, script, argv, done):
     """Say how the run ended and how to go on; leave the process group. `done`: the last line
     of a run that is complete."""
     restore_signals()
-    start = ["python"]
+    start = "python"
     if run.world > 1:
-        start = ["torchrun", f"--nproc_per_node={run.world}", "--"]
+        start = f"torchrun --nproc_per_node={run.world} --"
         dist.destroy_process_group()
-    if run.main and step < config.max_steps:
+    if step < config.max_steps:
         argv = sys.argv[1:] if argv is None else argv
         flags = [flag for flag in argv if flag not in ("--overwrite", "--resume")]
-        command = shlex.join([*start, script, *flags, "--resume"])
-        print(f"stopped and saved at step {step}; to go on: {command}")
-    elif run.main:
+        command = shlex.join([script, *flags, "--resume"])
+        done = f"stopped and saved at step {step}; to go on: {start} {command}"
+    if run.main:
         print(done)
 
 # Optimisation
@@ -1437,10 +1392,8 @@ def step_if_finite(norm, *optimizers):
 def update_ema(ema, model, decay, step, finite):
     """ema <- decay ema + (1 - decay) model where `finite`; the decay rises from 0 at first."""
     rate = (1 - min(decay, (1 + step) / (10 + step))) * finite
-    averages = list(ema.parameters())
-    change = torch._foreach_sub(list(model.parameters()), averages)
-    torch._foreach_mul_(change, rate)
-    torch._foreach_add_(averages, change)
+    for average, value in zip(ema.parameters(), model.parameters()):
+        average.lerp_(value, rate)
     for average, buffer in zip(ema.buffers(), model.buffers()):
         average.copy_(buffer)
 
@@ -1457,21 +1410,19 @@ def main(argv=None):
     parser.flag("shard_size", int, 10_000, "images per shard", low=1)
     parser.flag("workers", int, 0, "processes that shrink images for --pack", low=0, high=256)
     args = parser.parse_args(argv)
+    more = args.seed, args.labels
     if args.pack:
-        pack(args.data, args.pack, args.size, args.shard_size, args.workers, args.seed,
-             args.labels)
-        return
-    dataset = build_dataset(args.data, args.split, args.size, False, args.seed, args.labels)
+        return pack(args.data, args.pack, args.size, args.shard_size, args.workers, *more)
+    dataset = build_dataset(args.data, args.split, args.size, False, *more)
     print(f"{args.data} {args.split}: {dataset.describe()}")
-    if dataset.num_classes:
-        counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
-        texts = [f"{name} {count}" for name, count in zip(dataset.class_names, counts)]
-        print(f"images per class: {', '.join(texts[:100])} ({len(texts)} classes)")
     make_folder(args.out)
     rows = subset(len(dataset), args.num, args.seed)
     names = [os.path.basename(dataset.name(i)) for i in rows]
     if dataset.num_classes:
         names = [dataset.class_names[dataset.labels[i]] for i in rows]
+        counts = np.bincount(dataset.labels, minlength=dataset.num_classes)
+        texts = [f"{name} {count}" for name, count in zip(dataset.class_names, counts)]
+        print(f"images per class: {', '.join(texts[:100])} ({len(texts)} classes)")
     images = torch.stack([dataset[i][0] for i in rows])
     image_grid(images, f"{args.out}/preview.png", labels=names, columns=10)
     print(f"wrote {args.out}/preview.png")

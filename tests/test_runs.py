@@ -182,11 +182,15 @@ def test_a_step_with_nan_changes_nothing(place, script, monkeypatch):
 BROKEN = """
 import os, sys
 sys.path[:0] = [{root!r}]
-import tokenizer
+import torch
+import data, tokenizer
 
 before = tokenizer.learning_rate
+run = data.Run(0, 1, torch.device("cpu"), torch.float32)
 def learning_rate(step, config):
     if step == 3 and os.environ.get("RANK", "0") == "0":
+        val = data.val_batches(data.build_dataset(config.data, "val", 8, False), 4, 2, run, 1)
+        next(val)  # a second loader is at work
         open({mark!r}, "w").close()
         raise RuntimeError("out of memory")
     return before(step, config)
@@ -217,7 +221,7 @@ def test_an_error_ends_all_processes(place, world):
         run = subprocess.Popen([*launch, str(script), *argv], env=env, stdout=log, stderr=log)
         code = run.wait(timeout=60)
     text = (place / "log").read_text()
-    assert code and "out of memory" in text, text[-2000:]
+    assert code == 1 and "out of memory" in text, text[-2000:]
     while processes(str(script)) and time.time() - os.path.getmtime(mark) < 10:
         time.sleep(0.1)
     assert time.time() - os.path.getmtime(mark) < 10
