@@ -19,6 +19,7 @@ import time
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
@@ -147,6 +148,8 @@ def main(argv=None):
             Image.fromarray(batch[i]).save(f"{args.png_dir}/{start + i:06d}.png")
     images.flush()
     run.barrier()
+    if run.world > 1:
+        dist.destroy_process_group()
     if not run.main:
         return
 

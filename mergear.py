@@ -670,8 +670,9 @@ def open_codes(folder, dataset, tokenizer, config, run, views, sample_k, replace
     if there:
         return CodeDataset(folder)
 
-    # encode into FOLDER.tmp, split over the ranks, in float32; then rename it
-    N, new = len(dataset), f"{folder}.tmp"
+    # encode into a temporary folder, split over the ranks, in float32; then rename it. Its name
+    # holds that of the run, as two runs may share --cache
+    N, new = len(dataset), f"{folder}.{os.path.basename(os.path.abspath(config.out))}.tmp"
     shapes = dict(codes=(views * N, 2, t.length), labels=(views * N, 2))
     if run.main:
         shutil.rmtree(new, ignore_errors=True)
