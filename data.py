@@ -850,12 +850,12 @@ def plain(text):
 # ------------------------------------------------------------------------------
 # The strong augmentation of the alignment loss, on the device of the images
 
-AUGMENT_DRAWS = 16
+AUGMENT_DRAWS = 18
 
 @torch.no_grad()
-def augment(images, draws):
+def augment(images, draws, color=0.1):
     """A strongly changed view of each image (DINO, arXiv 2104.14294): images (B,3,H,W) in [-1,1],
-    draws (B,16) uniform in [0,1) -> (B,3,H,W). Row i depends on row i of both alone."""
+    draws (B,18) uniform in [0,1) -> (B,3,H,W). Row i depends on row i of both alone."""
     B, _, H, W = images.shape
     x = images.float()
     draws = draws.to(device=x.device, dtype=x.dtype, non_blocking=True)
@@ -869,16 +869,23 @@ def augment(images, draws):
     theta = torch.cat([w, zero, right, zero, h, down], 1).view(B, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    # colour jitter (p = 0.8): brightness and contrast +-40 %, saturation +-20 %; grey (p = 0.2)
+    # colour jitter (p = 0.8): brightness and contrast +-40 %; saturation, hue; grey (p = 0.2)
     x = (x + 1) / 2  # [0,1] from here on
     strength = (next(u) < 0.8).float()
     x = (x * (1 + strength * 0.4 * (2 * next(u) - 1))).clamp(0, 1)
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (mean + (x - mean) * (1 + strength * 0.4 * (2 * next(u) - 1))).clamp(0, 1)
-    saturation = 1 + strength * 0.2 * (2 * next(u) - 1)
+    saturation = 1 + strength * max(0.2, color) * (2 * next(u) - 1)
     saturation = torch.where(next(u) < 0.2, zero, saturation)
     grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
-    x = (grey + (x - grey) * saturation).clamp(0, 1)
+    chroma = (x - grey) * saturation
+    # the hue turns around the grey axis (1,1,1), by at most `color` times half a turn
+    angle = strength * math.pi * color * (2 * next(u) - 1)
+    mean = chroma.mean(1, keepdim=True)
+    across = (chroma.roll(1, 1) - chroma.roll(2, 1)) / math.sqrt(3)
+    x = grey + mean + (chroma - mean) * angle.cos() + across * angle.sin()
+    x = x.clamp(0, 1)
+    x = torch.where(next(u) < color / 2, 1 - x, x)  # a negative
     # blur (p = 0.5): sigma 0.1 to 2 pixels at 224; a small image counts as one of 96 pixels
     unit = max(H, W, 96) / 224
     blurred = next(u) < 0.5

@@ -103,9 +103,11 @@ class TokenizerConfig(RunConfig):
                           choices=("stub", "lpips", "none"))
     lpips_weights: str = arg("", help="path of LPIPS v0.1 vgg.pth, or download")
     vgg_weights: str = arg("", help="path of torchvision's vgg16-397923af.pth, or download")
-    align: str = arg("ema", help="teacher of the class token: ema (self-distillation), label, "
+    align: str = arg("ema", help="teacher of the class token: ema (its own average), label, "
                      "dinov2 or none", choices=("ema", "label", "dinov2", "none"))
-    align_dim: int = arg(   256,    4096, 4096, 4096, help="alignment head's outputs", low=2)
+    align_dim: int = arg(256, help="alignment head's outputs", low=2)
+    view_color: float = arg(1.0,    0.1,  0.1,  0.1, help="change of hue between views; 1: any",
+                            low=0, high=1)
     teacher_weights: str = arg("", help="path of dinov2_vitb14_pretrain.pth, or download")
     init: str = arg("random", help="encoder transformer: random, or dinov2 (weight selection)",
                     choices=("random", "dinov2"))
@@ -688,14 +690,22 @@ class MergeVQ(nn.Module):
         """codes (B,K), first positions of their tokens (B,K) -> source (B,L), predicted."""
         return self.recovery(codes_to_bits(codes, self.config.bits), first).argmax(-1)
 
-    def forward(self, images, keep):
-        """The pass that trains: gradients cross the quantiser straight through."""
+    def align(self, images, keep):
+        """What global alignment compares: the class token's outputs, (B,3,H,W) -> (B,C)."""
+        _, _, cls, _ = self.encoder(images, keep)
+        return self.align_head(cls).float()
+
+    def forward(self, images, keep, view=None):
+        """The pass that trains: gradients cross the quantiser straight through. The class token
+        is that of `view` (B,3,H,W), if there is one."""
         z, source, cls, _ = self.encoder(images, keep)
         z, bit_stats = self.normalise(z)
         q = quantise(z)                                                      # (B,K,d)
         out = self.decoder(unmerge(q, source)).float()                       # (B,3,H,W)
         recovery = self.recovery(q, first_position_of_token(source, keep))   # (B,L,K)
-        align = None if self.align_head is None else self.align_head(cls).float()
+        align = None
+        if self.align_head is not None:
+            align = self.align_head(cls).float() if view is None else self.align(view, keep)
         return Forward(out, z, source, recovery, align, bit_stats)
 
 def nearest_first(first, length):
@@ -792,12 +802,14 @@ def adaptive_weight(images, pixel_grad, gan_grad, last_layer):
     pixel, gan = mean_over_ranks(torch.stack([pixel, gan]))
     return (pixel.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
 
-def align_loss(kind, student, teacher, labels, center):
-    """Global alignment (Eq. 10): cross-entropy of the student's class token logits (B,C) with
-    the teacher's (B,C), or with labels (B,).
+def align_loss(kind, student, teacher, labels, queue):
+    """Global alignment (Eq. 10) of the student's class token (B,C) with the teacher's (B,C), or
+    with labels (B,).
 
-    ema: the teacher is sharpened and centred (DINO, 2104.14294). dinov2: T^2 KL at T = 4 as in
-    the authors' release. It is Eq. 10 less the teacher's entropy, which has no gradient.
+    ema: student and teacher see two views of each image. Among the teacher's outputs for these
+    images' views and for those of earlier steps, `queue` (Q,C), the student's has to be nearest to
+    its own (MoCo, 1911.05722). dinov2: T^2 KL at T = 4 as in the authors' release. It is
+    Eq. 10 less the teacher's entropy, which has no gradient.
     """
     if kind == "none":
         return torch.zeros((), device=labels.device)
@@ -806,8 +818,10 @@ def align_loss(kind, student, teacher, labels, center):
     if kind == "dinov2":
         target, log_q = (teacher / 4).log_softmax(-1), (student / 4).log_softmax(-1)
         return 16 * F.kl_div(log_q, target, reduction="batchmean", log_target=True)
-    target = ((teacher - center) / 0.04).softmax(-1)
-    return F.cross_entropy(student / 0.1, target)
+    student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    own = (student * teacher).sum(1, keepdim=True)                           # (B,1)
+    logits = torch.cat([own, student @ queue.T], dim=1) / 0.1                # (B,1+Q)
+    return -logits.log_softmax(1)[:, 0].mean()
 
 def keep_distribution(config):
     """Values of K in training and their probabilities (A.3, Eq. 15-16): (list, (n,) array)."""
@@ -890,14 +904,23 @@ def draw_reconstructions(model, dataset, config, run, path, num=8):
 CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", "disc", "lecam",
           "val_psnr", "val_psnr_full", "perplexity", "bit_imbalance", "keep", "lr")
 
+QUEUE = 2048  # earlier images that --align ema tells apart from this step's
+
 @torch.no_grad()
-def teacher_logits(config, ema, dinov2, images, keep, draws):
-    """The teacher's logits (B,C) of a strongly augmented view; None for align label and none.
-    draws (B,16) uniform: the randomness of the view."""
+def teacher_outputs(config, ema, dinov2, view, keep):
+    """The teacher's outputs (B,C) for its view of the images; None for align label and none."""
     if config.align == "dinov2":
-        return dinov2(augment(images, draws)).float()
+        return dinov2(view).float()
     if config.align == "ema":
-        return ema.align_head(ema.encoder(augment(images, draws), keep)[2]).float()
+        return ema.align(view, keep)
+
+def rows_of_all_ranks(rows, run):
+    """Rows (b,C) of each rank -> (world b,C), without waiting for the device."""
+    if run.world == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(run.world)]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
 
 def main(argv=None):
     config = parse_config(TokenizerConfig, __doc__, argv, VARIANTS, "variant")
@@ -931,15 +954,16 @@ def main(argv=None):
     parts = dict(model=raw_model, ema=ema, disc=discriminator, optimizer=optimizer,
                  disc_optimizer=disc_optimizer)
     lecam = torch.zeros(2, device=run.device)                      # mean logit of real, of fake
-    center = torch.zeros(config.align_dim, device=run.device)      # of the ema teacher
-    running = dict(lecam=(lecam, 0.01), center=(center, 0.1))      # averages and their rates
+    queue = torch.randn(QUEUE, config.align_dim, generator=seeded(config.seed))
+    queue = F.normalize(queue, dim=1).to(run.device)               # of the ema teacher
+    running = dict(lecam=(lecam, 0.01))                            # averages and their rates
     if config.bit_norm:
         running["bits"] = raw_model.bit_norm.stats, 0.1
     step, skipped = 0, torch.zeros((), device=run.device)
     if state:
         load_parts(f"{config.out}/ckpt.pt", state, **parts)
         lecam.copy_(state["lecam"])
-        center.copy_(state["center"])
+        queue.copy_(state["queue"])
         step, skipped = state["step"], skipped + state["skipped"]
     if config.compile:
         raw_model.decoder.features = torch.compile(raw_model.decoder.features)
@@ -976,7 +1000,7 @@ def main(argv=None):
         if run.main and (last or stopping or step % config.save_every == 0):
             save_checkpoint(f"{config.out}/ckpt.pt", "tokenizer", step=step,
                             config=dataclasses.asdict(config), skipped=int(skipped),
-                            class_names=list(train_set.class_names), lecam=lecam, center=center,
+                            class_names=list(train_set.class_names), lecam=lecam, queue=queue,
                             **{name: part.state_dict() for name, part in parts.items()})
         if last or stopping:
             break
@@ -987,13 +1011,20 @@ def main(argv=None):
             group["lr"] = lr
         gan_on = config.w_disc > 0 and step >= config.disc_start
         w_gan = config.w_disc * min(1.0, (step - config.disc_start + 1) / config.disc_ramp)
-        views = torch.rand(config.batch_size, AUGMENT_DRAWS, generator=seeded(config.seed, 2, step))
-        logs, means = defaultdict(float), defaultdict(float)
+        shape = config.batch_size, 2, AUGMENT_DRAWS
+        draws = torch.rand(shape, generator=seeded(config.seed, 2, step))
+        logs, means, new_keys = defaultdict(float), defaultdict(float), []
         raw_model.train()
         for micro_step in range(config.accum):
             images, labels = next(stream)
             first_row = (micro_step * run.world + run.rank) * micro
-            draws = views[first_row:first_row + micro].to(run.device, non_blocking=True)
+            rows = draws[first_row:first_row + micro].to(run.device, non_blocking=True)
+            # two views of each image. Only the ema teacher's student has one of its own
+            view = teacher_view = None
+            if config.align in ("ema", "dinov2"):
+                teacher_view = augment(images, rows[:, 0], config.view_color)
+            if config.align == "ema":
+                view = augment(images, rows[:, 1], config.view_color)
             # DDP averages the gradients in the last backward pass only
             sync = micro_step == config.accum - 1
             model.require_backward_grad_sync = disc.require_backward_grad_sync = sync
@@ -1001,8 +1032,8 @@ def main(argv=None):
             # image -> K tokens -> bits -> image. BitNorm and entropy see the images of this
             # micro-batch on all ranks
             with run.autocast():
-                out = model(images, keep)
-                teacher = teacher_logits(config, ema, dinov2, images, keep, draws)
+                out = model(images, keep, view)
+                teacher = teacher_outputs(config, ema, dinov2, teacher_view, keep)
             entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
             decoded = out.images.detach().requires_grad_()
             losses = dict(
@@ -1011,7 +1042,7 @@ def main(argv=None):
                 commit=F.mse_loss(out.z, out.z.detach().sign()),
                 entropy=entropy,
                 recovery=F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten()),
-                align=align_loss(config.align, out.align, teacher, labels, center))
+                align=align_loss(config.align, out.align, teacher, labels, queue))
             pixel = weights["rec"] * losses["rec"] + weights["perceptual"] * losses["perceptual"]
             other = sum(weights[name] * losses[name] for name in terms[2:])
 
@@ -1040,7 +1071,7 @@ def main(argv=None):
                 (disc_loss / config.accum).backward()
                 means["lecam"] += torch.stack([real.mean(), fake.mean()]).detach()
             if config.align == "ema":
-                means["center"] += teacher.mean(0)
+                new_keys.append(rows_of_all_ranks(F.normalize(teacher, dim=1), run))
             if config.bit_norm:
                 means["bits"] += out.bit_stats
             losses.update(entropy_sample=sample_entropy, entropy_codebook=codebook_entropy)
@@ -1057,6 +1088,9 @@ def main(argv=None):
             average, rate = running[name]
             mean = average.lerp(mean_over_ranks(value / config.accum), rate)
             average.copy_(torch.where(finite, mean, average))
+        if new_keys:
+            newest = torch.cat([*new_keys, queue])[:QUEUE]
+            queue = torch.where(finite, newest, queue)
         update_ema(ema, raw_model, config.ema, step, finite)
         skipped += ~finite
         step += 1

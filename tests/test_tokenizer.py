@@ -486,13 +486,14 @@ def test_step_on_a_meta_device(monkeypatch):
         discriminator = tokenizer.Discriminator(small_config())
     out = model.train()(images, 25)
     draws = torch.empty(4, tokenizer.AUGMENT_DRAWS, device=meta)
-    teacher = tokenizer.teacher_logits(model.config, model, None, images, 25, draws)
+    view = tokenizer.augment(images, draws)
+    teacher = tokenizer.teacher_outputs(model.config, model, None, view, 25)
     entropy, _, _ = tokenizer.entropy_loss(out.z)
     decoded = out.images.detach().requires_grad_()
     gan, = torch.autograd.grad(-discriminator(decoded).mean(), decoded)
     pixel, = torch.autograd.grad(F.mse_loss(decoded, images), decoded)
     loss = entropy + F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten())
-    loss = loss + align_loss("ema", out.align, teacher, labels, torch.zeros(8, device=meta))
+    loss = loss + align_loss("ema", out.align, teacher, labels, torch.zeros(9, 8, device=meta))
     balance = tokenizer.adaptive_weight(out.images, pixel, gan, model.decoder.conv_out.weight)
     torch.autograd.backward((loss, out.images), (None, pixel + balance * gan))
     assert all(p.grad is not None for p in model.parameters())
@@ -533,11 +534,13 @@ def test_align_is_equation_10():
     equation = -16 * (target * log_q).sum(-1).mean()
     a, b = (torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, equation))
     torch.testing.assert_close(a, b)
-    center = torch.arange(20) / 100
-    loss = align_loss("ema", student, teacher, None, center)
-    target = ((teacher - center) / 0.04).softmax(-1)
-    equation = -(target * (student / 0.1).log_softmax(-1)).sum(-1).mean()
-    torch.testing.assert_close(loss, equation)
+    queue = F.normalize(torch.randn(9, 20, generator=generator(2), dtype=torch.float64), dim=1)
+    loss = align_loss("ema", student, teacher, None, queue)
+    for i in range(6):  # cosines with its own key, then with the queue
+        keys = [teacher[i] / teacher[i].norm(), *queue]
+        cosines = torch.stack([key @ student[i] / student[i].norm() for key in keys])
+        loss = loss + (cosines / 0.1).log_softmax(0)[0] / 6
+    assert abs(loss) < 1e-12
 
 def test_psnr_known_value():
     """The peak of images in [-1,1] is 2: with 1, all values are 6 dB too low."""
@@ -630,7 +633,7 @@ def test_two_ranks_equal_one_process(tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), (a["step"], name)
     assert {"rec", "perceptual", "commit", "entropy", "recovery", "align", "gan", "disc", "lecam",
             "grad_norm"} <= set(rows[-1])
-    for name in ("lecam", "center"):
+    for name in ("lecam", "queue"):
         torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
     close(one, two, ("model", "disc"))
 
