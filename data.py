@@ -1085,6 +1085,8 @@ class Run(NamedTuple):
 
 def start_run(config):
     """Pick device and dtype, print them, join torchrun's process group. Raises UserError."""
+    # blocks of a GPU's memory that can grow: less of it is lost between them
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     name = config.device
     if name == "auto":
         mps = torch.backends.mps.is_available()

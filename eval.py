@@ -832,7 +832,9 @@ def probe(args, argv):
         for name, encoder in encoders.items():
             for keep in keeps:
                 tokens, cls = pooled(encoder, images, keep, run)
-                found[name, "tokens", keep], found[name, "class token", keep] = tokens, cls
+                both = torch.cat([cls, tokens], dim=1)  # as DINOv2's linear probe (2304.07193)
+                for what, x in (("tokens", tokens), ("class token", cls), ("both", both)):
+                    found[name, what, keep] = x
         pixels = F.adaptive_avg_pool2d(images, min(config.size, 32))
         found["-", "pixels", "-"] = torch.from_numpy(to_uint8(pixels)).flatten(1)
         return found

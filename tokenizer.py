@@ -91,7 +91,7 @@ class TokenizerConfig(RunConfig):
     w_commit: float = arg(  0.25,   0.25, 0.25, 0.25, help="commitment loss", low=0)
     w_entropy: float = arg( 0.015,  0.1,  0.1,  0.1, help="LFQ entropy loss", low=0)
     w_recovery: float = arg(0.01,   0.5,  0.5,  1.0, help="source recovery", low=0)
-    w_align: float = arg(   0.1,    0.1,  1.0,  1.0, help="global alignment", low=0)
+    w_align: float = arg(   0.3,    0.1,  1.0,  1.0, help="global alignment", low=0)
     w_disc: float = arg(    0.1,    0.8,  0.8,  0.8, help="adversarial loss", low=0)
     w_lecam: float = arg(   0.01,   0.01, 0.01, 0.01, help="LeCam regularisation", low=0)
     # adversary, perceptual loss, teacher
@@ -691,13 +691,14 @@ class MergeVQ(nn.Module):
         return self.recovery(codes_to_bits(codes, self.config.bits), first).argmax(-1)
 
     def align(self, images, keep):
-        """What global alignment compares: the class token's outputs, (B,3,H,W) -> (B,C)."""
-        _, _, cls, _ = self.encoder(images, keep)
-        return self.align_head(cls).float()
+        """What --align ema compares of two views (B,3,H,W): outputs (B,C) for the class token plus
+        the mean of the merged tokens, so that both learn what the image shows."""
+        _, _, cls, tokens = self.encoder(images, keep)
+        return self.align_head(cls + tokens.mean(1)).float()
 
     def forward(self, images, keep, view=None):
-        """The pass that trains: gradients cross the quantiser straight through. The class token
-        is that of `view` (B,3,H,W), if there is one."""
+        """The pass that trains: gradients cross the quantiser straight through. With a `view`
+        (B,3,H,W) of the images, that is what is aligned."""
         z, source, cls, _ = self.encoder(images, keep)
         z, bit_stats = self.normalise(z)
         q = quantise(z)                                                      # (B,K,d)
@@ -907,12 +908,15 @@ CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", 
 QUEUE = 2048  # earlier images that --align ema tells apart from this step's
 
 @torch.no_grad()
-def teacher_outputs(config, ema, dinov2, view, keep):
-    """The teacher's outputs (B,C) for its view of the images; None for align label and none."""
-    if config.align == "dinov2":
-        return dinov2(view).float()
+def teacher_outputs(config, ema, dinov2, images, keep, draws):
+    """images (B,3,H,W), draws (B,2,18) uniform -> the student's own view of the images, the
+    teacher's outputs (B,C) for another one; None where --align has no such thing."""
+    if config.align == "dinov2":  # as in the release, the student sees the training crop
+        return None, dinov2(augment(images, draws[:, 0], config.view_color)).float()
     if config.align == "ema":
-        return ema.align(view, keep)
+        other, view = (augment(images, u, config.view_color) for u in draws.unbind(1))
+        return view, ema.align(other, keep)
+    return None, None
 
 def rows_of_all_ranks(rows, run):
     """Rows (b,C) of each rank -> (world b,C), without waiting for the device."""
@@ -1019,12 +1023,6 @@ def main(argv=None):
             images, labels = next(stream)
             first_row = (micro_step * run.world + run.rank) * micro
             rows = draws[first_row:first_row + micro].to(run.device, non_blocking=True)
-            # two views of each image. Only the ema teacher's student has one of its own
-            view = teacher_view = None
-            if config.align in ("ema", "dinov2"):
-                teacher_view = augment(images, rows[:, 0], config.view_color)
-            if config.align == "ema":
-                view = augment(images, rows[:, 1], config.view_color)
             # DDP averages the gradients in the last backward pass only
             sync = micro_step == config.accum - 1
             model.require_backward_grad_sync = disc.require_backward_grad_sync = sync
@@ -1032,8 +1030,8 @@ def main(argv=None):
             # image -> K tokens -> bits -> image. BitNorm and entropy see the images of this
             # micro-batch on all ranks
             with run.autocast():
+                view, teacher = teacher_outputs(config, ema, dinov2, images, keep, rows)
                 out = model(images, keep, view)
-                teacher = teacher_outputs(config, ema, dinov2, teacher_view, keep)
             entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
             decoded = out.images.detach().requires_grad_()
             losses = dict(

@@ -393,7 +393,7 @@ def test_probe_and_sweep_report_all_features(checkpoint, judge, folder, tmp_path
     recon, swept = (run(name, tmp_path, *flags, "--classifier", judge)["results"]
                     for name in ("recon", "sweep"))
     rows = {(row["encoder"], row["features"], row["keep"]): row for row in probed}
-    assert len(rows) == 3 * 2 * 2 + 1 and ("random 1", "class token", 16) in rows
+    assert len(rows) == 3 * 3 * 2 + 1 and ("random 1", "class token", 16) in rows
     assert rows["-", "pixels", "-"]["val_top1"] == 1, "the classes of this folder are colours"
     for row, other in zip(swept, recon, strict=True):
         assert {key: row[key] for key in other} == other

@@ -259,6 +259,17 @@ def test_pairs_turn_with_their_grid_position():
     raster = rope_table(GPTConfig(mode="raster", length=16, width=32, heads=2), first.device)
     assert torch.equal(used[0][:, 0, 0], raster[:, [0, 0, 1, 1, 10, 10, 6]])  # 1 prefix row
 
+def test_one_block_does_not_know_the_order_of_earlier_pairs():
+    """Angles or embeddings that tell the place in the sequence: with one block, a pair says what
+    it says wherever it stands before. The same conditional has the same logits."""
+    gpt = small_gpt(mode="randar", depth=1)
+    codes, first = torch.tensor([[5, 3, 9, 7]]), torch.tensor([[0, 9, 5, 12]])
+    found = [gpt(codes[:, turn], torch.tensor([1]), 4, first=first[:, turn])
+             for turn in ([0, 1, 2, 3], [2, 0, 1, 3], [1, 2, 0, 3])]
+    for logits, _ in found[1:]:
+        torch.testing.assert_close(logits[0][:, 3], found[0][0][0][:, 3])
+    assert not torch.allclose(found[0][0][0][:, 2], found[1][0][0][:, 2], atol=1e-2)
+
 # sequences and sampling
 
 def test_sequence_of_randar():
