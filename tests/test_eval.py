@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -457,6 +458,18 @@ def test_mixup_keeps_images_and_labels_together():
         torch.testing.assert_close(targets.sum(1), torch.ones(2))
         shares.add(round(targets[0, 0].item(), 3))
     assert len(shares) > 10 and mix(images, torch.eye(2), 0.0, 0)[0] is images
+
+def test_finetuning_reads_nothing_back(monkeypatch):
+    """A value read back, or a CPU tensor mixed in: on the meta device both raise."""
+    monkeypatch.setattr(MergeVQ, "init_weights", lambda self: None)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())
+    with torch.device("meta"):
+        encoder = MergeVQ(TokenizerConfig()).encoder
+        model = FineTuned(encoder, 36, 10, 0.5)
+        images, targets = torch.empty(4, 3, 32, 32), torch.empty(4, 10)
+    images, targets = evaluation.mix(images, targets, 0.2, 0)
+    F.cross_entropy(model(images)[1], targets).backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 def test_finetune_learns_and_resumes(checkpoint, folder, tmp_path):
     """A head alone that trains, random numbers that a resumed run draws anew."""

@@ -56,6 +56,20 @@ def test_only_recovery_changes(place):
     assert changed == parameters and old.keys() == new.keys()
 
 
+def test_nothing_is_read_back_from_the_device():
+    """A value read back, or a CPU tensor mixed in: on the meta device both raise."""
+    with torch.device("meta"):
+        t = tokenizer.TokenizerConfig(bits=11)
+        net = tokenizer.SourceRecovery(t)
+        gpt = mergear.GPT(mergear.GPTConfig(mode="randar", width=32, heads=2, depth=1, bits=11))
+        codes = torch.empty(2, 64, dtype=torch.long)
+        order, noise = torch.empty(2, 36, dtype=torch.long), torch.empty(2, 36, 2)
+    drawn = recovery.teacher_forced(gpt, codes, codes, codes[:, 0], 36, order, noise)
+    logits = net(tokenizer.codes_to_bits(drawn, 11), order)
+    F.cross_entropy(logits.flatten(0, 1), codes.flatten()).backward()
+    assert drawn.is_meta and all(p.grad is not None for p in net.parameters())
+
+
 def test_its_checkpoint_is_a_generator(place):
     """A checkpoint that generate.py cannot read, or whose recovery is the old one."""
     finetune(place, "used", max_steps=30, lr=1e-2)
