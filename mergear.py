@@ -70,6 +70,8 @@ class GPTFlags(RunConfig):
     token_dropout: float = arg(0.0, 0.1, 0.1, 0.1, help="share of codes hidden", low=0, high=1)
     label_smoothing: float = arg(0.0, 0.1, 0.1, 0.1, help="of the codes' loss", low=0, high=0.9)
     class_dropout: float = arg(0.1, help="share of labels hidden, for guidance", low=0, high=1)
+    order: str = arg("random", help="randar: order of the merged tokens: random, or raster",
+                     choices=("random", "raster"))
     w_position: float = arg(0.3, help="randar: weight of the positions' loss", low=0)
     duplicate: str = arg("source", help="mergear: what counts as a repeat in training: merged "
                          "token or code", choices=("source", "codes"))
@@ -120,7 +122,8 @@ MODELS = presets(GPTFlags, ("tiny", "b", "l", "xl"))
 #                      x_0 x_1 x_2 x_3 ... x_{L-1}         some earlier rows are masked
 #       randar     c    m  p_0 x_0 p_a x_a p_b x_b ... p_z  0, a, b ... z: first positions
 #                          x_0     x_a     x_b         x_z
-#                          {p}     {p}     {p}             {p}: those that remain, any order
+#                          {p}     {p}     {p}             {p}: those that remain, any order;
+#                                                          with --order raster the next one
 #
 #   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout,
 #                  (seed, step, rank, 5) nn.Dropout, (seed, step, 6) rows of the code cache,
@@ -331,6 +334,8 @@ class GPT(nn.Module):
 
 def draw_orders(config, samples, keep, generator):
     """An order of the merged tokens for each sample -> (samples,K): 0, then a permutation."""
+    if config.order == "raster":
+        return torch.arange(keep).expand(samples, -1)
     u = torch.rand(samples, config.length, generator=generator)[:, :keep]
     u[:, 0] = -1
     return u.argsort(dim=1)
@@ -357,11 +362,11 @@ def code_losses(logits, codes, sub_bits, label_smoothing=0.0):
         nll = nll + target_nll.detach()
     return loss, nll / math.log(2)
 
-def position_losses(logits, first):
+def position_losses(logits, first, order="random"):
     """Logits (B,K-1,L) of the next position, first (B,K) in sequence -> (loss (B,K-1), bits (B,)).
 
-    The order is random, so each first position that remains is next with the same probability.
-    The cross-entropy to that uniform distribution is the expectation over all orders.
+    In random order each first position that remains is next with the same probability. The
+    cross-entropy to that uniform distribution is the expectation over all orders.
     bits: -log2 p of the set of positions. Position 0 is always there and costs nothing.
     """
     B, K = first.shape
@@ -371,6 +376,9 @@ def position_losses(logits, first):
     possible = drawn_at > turn[:-1, None]  # (B,K-1,L)
     remain = possible & (drawn_at < K)
     logp = logits.float().masked_fill(~possible, -math.inf).log_softmax(-1)
+    if order == "raster":
+        loss = -logp.gather(2, first[:, 1:, None])[..., 0]
+        return loss, loss.detach().sum(1) / math.log(2)
     count = K - 1 - turn[:-1]  # positions that remain
     loss = -logp.masked_fill(~remain, 0.0).sum(-1) / count  # (B,K-1)
     bits = (loss - count.log()).detach() / math.log(2)  # less the log2 (K-1)! bits of the order
@@ -383,7 +391,8 @@ def all_losses(model, config, codes, source, labels, keep, order, dropped=None):
     loss, bits = code_losses(logits, codes, config.sub_bits, config.label_smoothing)
     losses = dict(loss=loss.mean(1), bits=bits.mean(1))
     if config.mode == "randar":
-        position, losses["position_bits"] = position_losses(positions, inputs["first"])
+        position, losses["position_bits"] = position_losses(positions, inputs["first"],
+                                                            config.order)
         losses["position"] = position.sum(1) / keep
         losses["loss"] = losses["loss"] + config.w_position * losses["position"]
     return losses
@@ -566,7 +575,9 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         # the n largest of logits + Gumbel noise are n draws without replacement (1903.06059)
         bias.scatter_(1, drawn, -math.inf)
         logits = gpt.position_head(h[:, -1]).float()  # (R,L)
-        logits = guide(logits, scales[s]) if copies == 2 else logits  # (B,L)
+        # in raster order small errors of the guided positions would add up
+        scale = scales[s] if gpt.config.order == "random" else 1.0
+        logits = guide(logits, scale) if copies == 2 else logits  # (B,L)
         gumbel = -(-position_noise[:, s].clamp(min=1e-9).log()).log()  # (B,L)
         drawn = (logits + gumbel + bias).topk(counts[s + 1]).indices
 
@@ -772,7 +783,7 @@ def main(argv=None):
                        class_names=tuple(train_set.class_names))
     run = start_run(config)
     micro = micro_batch(config, run)
-    state = open_out(config, run, "generator", ("mode", "heads", "window", "duplicate"))
+    state = open_out(config, run, "generator", ("mode", "heads", "window", "duplicate", "order"))
     tokenizer.to(run.device)
     folder, sample_k = config.cache or f"{config.out}/codes", config.mode != "raster"
     views = config.views

@@ -185,6 +185,17 @@ def test_set_loss_is_the_average_over_all_orders():
     expected = ordered / math.log(2) - math.log2(math.factorial(3))
     assert sum(bits) / 6 == pytest.approx(expected, abs=1e-5)
 
+def test_raster_order_predicts_the_next_position():
+    """Orders that are not ascending, a target that is not the next position."""
+    config = GPTConfig(mode="randar", order="raster", length=9)
+    assert draw_orders(config, 2, 4, seeded(0)).tolist() == [[0, 1, 2, 3]] * 2
+    logits = torch.randn(1, 3, 9, generator=seeded(1))
+    loss, bits = position_losses(logits, torch.tensor([[0, 2, 5, 7]]), "raster")
+    for k, (gone, after) in enumerate((([0], 2), ([0, 2], 5), ([0, 2, 5], 7))):
+        expected = logits[0, k].index_fill(0, torch.tensor(gone), -math.inf)
+        torch.testing.assert_close(loss[0, k], -expected.log_softmax(0)[after])
+    torch.testing.assert_close(bits[0], loss.sum() / math.log(2))
+
 @pytest.mark.parametrize("bits", [4, 11])
 def test_dense_cache_equals_full_forward(bits):
     """A wrong rotary position, a garbage row, samples that mix."""
