@@ -22,7 +22,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import tokenizer
-from data import UserError, run_main
+from data import UserError, build_dataset, epoch_order, run_main, seeded
 from tokenizer import (VARIANTS, Attention, BitNorm, MergeVQ, TokenizerConfig, align_loss,
                        bit_balance, bits_to_codes, canonical_source, codes_to_bits,
                        entropy_loss, first_position_of_token, keep_distribution, lfq_entropy,
@@ -653,6 +653,38 @@ def test_resume_is_exact(tmp_path):
         with open(tmp_path / name / "metrics.jsonl") as file:
             lines.append([{**json.loads(line), "images_per_s": 0} for line in file])
     assert lines[0] == lines[1]
+
+def test_queue_holds_the_newest_outputs_first(tmp_path):
+    """A queue that keeps its first, random rows for ever, or rows that are not unit vectors."""
+    state, _ = train(tmp_path / "run", max_steps=3)
+    config = TokenizerConfig(**state["config"])
+    start = torch.randn(tokenizer.QUEUE, config.align_dim, generator=seeded(config.seed))
+    start, new = F.normalize(start, dim=1), 3 * config.batch_size
+    assert torch.equal(state["queue"][new:], start[:-new])
+    assert not torch.isclose(state["queue"][:new], start[:new]).any(1).all()
+    torch.testing.assert_close(state["queue"].norm(dim=1), torch.ones(tokenizer.QUEUE))
+
+def test_decoder_learns_to_please_the_discriminator(tmp_path):
+    """The adversarial gradient with the wrong sign, or added to nothing: AdamW's first moment of
+    the last layer is a tenth of the gradient, here almost all of it adversarial."""
+    moments = []
+    for w_disc in (1e3, 0.0):
+        state, _ = train(tmp_path / f"gan{w_disc}", max_steps=1, disc_start=0, disc_ramp=1,
+                         w_disc=w_disc, w_rec=1.0, clip=1e9, align="none")
+        moments.append(state["optimizer"]["state"])
+    torch.manual_seed(state["config"]["seed"])
+    config = TokenizerConfig(**state["config"])
+    model, discriminator = MergeVQ(config).train(), tokenizer.Discriminator(config)
+    data_set = build_dataset(config.data, "train", config.size, train=True, seed=config.seed)
+    order = epoch_order(len(data_set), config.seed, 0)[:config.batch_size]
+    images = torch.stack([data_set[0, int(i)][0] for i in order])
+    out = model(images, sample_keep(config, 0)).images
+    (-discriminator(out).mean()).backward()
+    matrices = [name for name, p in model.named_parameters() if p.dim() >= 2]
+    at = matrices.index("decoder.conv_out.weight")
+    adversarial = moments[0][at]["exp_avg"] - moments[1][at]["exp_avg"]
+    wanted = model.decoder.conv_out.weight.grad
+    assert F.cosine_similarity(adversarial.flatten(), wanted.flatten(), dim=0) > 0.99
 
 def test_accumulation_equals_one_large_batch(tmp_path):
     """Gradients added but not averaged, or micro-batches that see the same images, for both
