@@ -1086,7 +1086,8 @@ class Run(NamedTuple):
 def start_run(config):
     """Pick device and dtype, print them, join torchrun's process group. Raises UserError."""
     # blocks of a GPU's memory that can grow: less of it is lost between them
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     name = config.device
     if name == "auto":
         mps = torch.backends.mps.is_available()
@@ -1178,7 +1179,7 @@ def restore_signals(interrupt=signal.default_int_handler, terminate=signal.SIG_D
 
 # The output folder and what is in it
 
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
 def open_out(config, run, kind, fixed=()):

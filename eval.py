@@ -300,7 +300,10 @@ def load_classifier(path, device="cpu"):
     state = load_checkpoint(path, "classifier")
     config = state["config"]
     model = Classifier(config["size"], config["num_classes"], config.get("width", 32))
-    load_parts(path, state, model=model)
+    load_parts(path, state, ema=model)
+    if state["step"] < config["max_steps"]:
+        raise UserError(f"{path} is half trained, at step {state['step']} of "
+                        f"{config['max_steps']}: python eval.py train-classifier --resume")
     return model.to(device).eval().requires_grad_(False), state
 
 @torch.no_grad()
@@ -383,6 +386,8 @@ def open_tokenizer(args):
 def images_of(dataset, num, args, run, title=""):
     """(images, labels) of `num` images drawn by --seed (0: all): this rank's share, in batches."""
     rows = subset(len(dataset), num, args.seed)
+    if len(rows) < run.world:
+        raise UserError(f"{len(rows)} images for {run.world} processes: pass a larger --num")
     workers = 0 if isinstance(dataset, Pixels) else loader_workers(args)
     return val_batches(dataset, rows, args.batch_size, run, workers, title)
 
@@ -627,7 +632,11 @@ def open_generator(args, run):
     if keep and (c.mode == "raster" or keep not in c.keeps):
         raise UserError(f"--keep {keep}: this {c.mode} model was trained on {c.keeps}; raster "
                         "takes no --keep")
-    if not all(scale.replace(".", "", 1).isdecimal() for scale in args.cfg.split(",")):
+    try:
+        scales = [float(scale) for scale in args.cfg.split(",")]
+    except ValueError:
+        scales = [math.nan]
+    if not all(0 <= scale < 1000 for scale in scales):
         raise UserError(f"--cfg {args.cfg}: pass numbers from 0, as in 1,1.5,2")
     args.num, args.data = args.num or 500, args.data or tokenizer.config.data
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
@@ -636,7 +645,7 @@ def open_generator(args, run):
                   generator=weights_hash(gpt.state_dict()))
     gpt.to(run.device, run.dtype)
     tokenizer.to(run.device)
-    scales, labels = args.cfg.split(","), torch.arange(args.num) % max(1, c.num_classes)
+    labels = torch.arange(args.num) % max(1, c.num_classes)
     if not c.num_classes:
         scales, labels = [1.0], labels - 1  # there is nothing to guide, and no label
     first, end = (args.num * rank // run.world for rank in (run.rank, run.rank + 1))
@@ -649,7 +658,7 @@ def open_generator(args, run):
                                  cfg=cfg, **sampling)
             yield images, asked
 
-    streams = {cfg: batches_at(cfg) for cfg in map(float, scales)}
+    streams = {cfg: batches_at(cfg) for cfg in scales}
     return labels, tokenizer.config.size, streams, record, tokenizer
 
 def reconstructions(tokenizer, args, run):
@@ -968,6 +977,7 @@ def fit(config, argv, kind, size, make_model, **record):
         raise UserError(f"--data {config.data} has no classes to tell apart: pass class folders")
     passes = config.epochs * len(train_set) // config.batch_size
     config.max_steps = config.max_steps or max(1, passes)
+    config.warmup = min(config.warmup, config.max_steps // 10)
     run = start_run(config)
     micro_batch(config, run)  # UserError on a batch that does not divide
     state = open_out(config, run, kind)
@@ -991,7 +1001,7 @@ def fit(config, argv, kind, size, make_model, **record):
     while True:
         # N steps make N + 1 passes. Step 0 counts: a broken evaluation shows at once
         last = step >= config.max_steps
-        if last or step % config.eval_every == 0 and not stopping:
+        if last or stopping or step % config.eval_every == 0:
             val_accuracy = accuracy(ema, images_of(val_set, config.num, config, run), run)
             metrics.scores(step, dict(val_accuracy=val_accuracy))
         if run.main and (last or stopping or step % config.save_every == 0):

@@ -23,6 +23,7 @@ P prefix length, h heads, n tokens fed or drawn in one step.
 import copy
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -576,7 +577,7 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         bias.scatter_(1, drawn, -math.inf)
         logits = gpt.position_head(h[:, -1]).float()  # (R,L)
         # in raster order small errors of the guided positions would add up
-        scale = scales[s] if gpt.config.order == "random" else 1.0
+        scale = scales[s + 1] if gpt.config.order == "random" else 1.0
         logits = guide(logits, scale) if copies == 2 else logits  # (B,L)
         gumbel = -(-position_noise[:, s].clamp(min=1e-9).log()).log()  # (B,L)
         drawn = (logits + gumbel + bias).topk(counts[s + 1]).indices
@@ -682,8 +683,9 @@ def open_codes(folder, dataset, tokenizer, config, run, views, sample_k, replace
         return CodeDataset(folder)
 
     # encode into a temporary folder, split over the ranks, in float32; then rename it. Its name
-    # holds that of the run, as two runs may share --cache
-    N, new = len(dataset), f"{folder}.{os.path.basename(os.path.abspath(config.out))}.tmp"
+    # is the run's own, as two runs may share --cache
+    own = hashlib.sha1(os.path.abspath(config.out).encode()).hexdigest()[:8]
+    N, new = len(dataset), f"{folder}.{own}.tmp"
     shapes = dict(codes=(views * N, 2, t.length), labels=(views * N, 2))
     if run.main:
         shutil.rmtree(new, ignore_errors=True)
@@ -714,8 +716,11 @@ def open_codes(folder, dataset, tokenizer, config, run, views, sample_k, replace
     if run.main:
         with open(f"{new}/meta.json", "w") as file:
             json.dump(meta, file)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(new, folder)
+        if os.path.exists(f"{folder}/meta.json") and not replace:  # another run was faster
+            shutil.rmtree(new)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(new, folder)
     run.barrier()
     return CodeDataset(folder)
 

@@ -97,9 +97,8 @@ def main(argv=None):
         raise UserError(f"--generator {config.generator} is a {g.mode} model, which needs no "
                         "recovery: pass one of mergear.py --mode randar")
     config.data = config.data or g.data
-    labels = g.labels and config.labels
-    train_set = build_dataset(config.data, "train", t.size, True, g.seed, labels)
-    val_set = build_dataset(config.data, "val", t.size, False, labels=labels)
+    train_set = build_dataset(config.data, "train", t.size, True, g.seed, g.labels)
+    val_set = build_dataset(config.data, "val", t.size, False, labels=g.labels)
     passes = config.epochs * len(train_set) // config.batch_size
     config.max_steps = config.max_steps or max(1, passes)
     run = start_run(config)

@@ -28,10 +28,12 @@ layer, M tokens after a merge, h heads, C any channels.
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import math
 import os
+import shutil
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -313,16 +315,24 @@ def norm_groups(x, groups, scale, shift, silu):
     y = y * scale[..., None, None] + shift[..., None, None]
     return (F.silu(y) if silu else y).to(x.dtype)
 
-# On a GPU, nn.GroupNorm under autocast reads and writes float32 in NCHW. As one kernel of
-# bfloat16 this takes a third of the memory traffic
-if importlib.util.find_spec("triton"):
-    norm_groups = torch.compile(norm_groups, dynamic=True)
+@functools.cache
+def norm_kernel():
+    """norm_groups as one kernel, where there is a GPU with Triton and a C compiler; else None.
+
+    Under autocast nn.GroupNorm reads and writes float32 in NCHW, three times as many bytes.
+    """
+    found = importlib.util.find_spec("triton") and shutil.which("cc")
+    if not found or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
+        return None
+    torch._dynamo.config.recompile_limit = 64  # kinds of input: type, training or not, SiLU
+    return torch.compile(norm_groups, dynamic=True)
 
 def norm_silu(x, norm):
     """SiLU of an nn.GroupNorm: (B,C,H,W) -> (B,C,H,W)."""
-    if x.is_cuda:
-        return norm_groups(x, norm.num_groups, norm.weight[None], norm.bias[None], silu=True)
-    return F.silu(norm(x))
+    kernel = norm_kernel() if x.is_cuda else None
+    if kernel is None:
+        return F.silu(norm(x))
+    return kernel(x, norm.num_groups, norm.weight[None], norm.bias[None], silu=True)
 
 class ResBlock(nn.Module):
     """Twice GroupNorm, SiLU, 3x3 conv; plus the input."""
@@ -484,8 +494,9 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x, code_map):
         std = (code_map.var((2, 3)) + 1e-6).sqrt()                           # (B,d)
         scale, shift = self.scale(std), self.shift(code_map.mean((2, 3)))    # (B,C)
-        if x.is_cuda:
-            return norm_groups(x, self.norm.num_groups, scale, shift, silu=False)
+        kernel = norm_kernel() if x.is_cuda else None
+        if kernel is not None:
+            return kernel(x, self.norm.num_groups, scale, shift, silu=False)
         return self.norm(x) * scale[..., None, None] + shift[..., None, None]
 
 class Decoder(nn.Module):

@@ -216,8 +216,8 @@ def judge(tmp_path_factory):
     """An untrained classifier for 16 px and ten classes."""
     torch.manual_seed(1)
     path = str(tmp_path_factory.mktemp("judge") / "ckpt.pt")
-    save_checkpoint(path, "classifier", model=Classifier(16, 10).state_dict(), val_accuracy=0.1,
-                    config=dict(size=16, num_classes=10, data="shapes"),
+    save_checkpoint(path, "classifier", ema=Classifier(16, 10).state_dict(), val_accuracy=0.1,
+                    step=2, config=dict(size=16, num_classes=10, data="shapes", max_steps=2),
                     class_names=list("abcdefghij"))
     return path
 
@@ -242,7 +242,7 @@ def test_recon_equals_the_definition(checkpoint, judge, folder, tmp_path):
     expected = dict(num=13, size=16, data=folder, seed=0, dtype="float32", checkpoint=checkpoint,
                     reference="the same val crops", unreadable=0,
                     tokenizer=weights_hash(torch.load(checkpoint)["ema"]),
-                    features_hash=weights_hash(torch.load(judge)["model"]))
+                    features_hash=weights_hash(torch.load(judge)["ema"]))
     assert {key: record[key] for key in expected} == expected
     assert "--keep 25,64" in record["command"] and row["codes_seen"] == 13 * 25
     model = load_tokenizer(checkpoint)
@@ -274,7 +274,7 @@ def test_a_generator_checkpoint_measures_its_tokenizer(checkpoint, generator, fo
 def test_a_damaged_model_is_an_error(checkpoint, judge, folder, tmp_path):
     """NaN weights that give a table of nan, or a JSON file with numbers in it."""
     for flag, part, name in (("--ckpt", "ema", "decoder.conv_out.bias"),
-                             ("--classifier", "model", "features.0.bias")):
+                             ("--classifier", "ema", "features.0.bias")):
         paths = {"--ckpt": checkpoint, "--classifier": judge}
         state = torch.load(paths[flag])
         state[part][name].fill_(math.nan)
