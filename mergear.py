@@ -456,7 +456,6 @@ class CompactCache(DenseCache):
 
     def begin(self, t, codes=None):
         """The token of sequence row t: codes (R,), None for the prefix."""
-        self.t = t
         if codes is None:
             codes = torch.full_like(self.count, -2 - t)  # equals no other: stays for ever
         known = (self.code[:, self.ring:] == codes[:, None]).any(1)  # (R,)
@@ -471,10 +470,6 @@ class CompactCache(DenseCache):
         unseen = (self.last_seen < t).repeat_interleave(self.heads, 0)[:, None]
         self.bias = torch.zeros_like(unseen, dtype=self.keys[0].dtype)  # (Rh,1,rows)
         self.bias.masked_fill_(unseen, -math.inf)
-
-    def rows_in_use(self):
-        """How many rows hold a token that the next one sees. (R,)"""
-        return (self.last_seen > self.t).sum(1)
 
 # -----------------------------------------------------------------------------
 # Sampling

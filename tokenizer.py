@@ -319,7 +319,7 @@ def norm_groups(x, groups, scale, shift, silu):
 def norm_kernel():
     """norm_groups as one kernel, where there is a GPU with Triton and a C compiler; else None.
 
-    Under autocast nn.GroupNorm reads and writes float32 in NCHW, three times as many bytes.
+    Under autocast nn.GroupNorm reads and writes float32, in NCHW: twice the bytes, and copies.
     """
     found = importlib.util.find_spec("triton") and shutil.which("cc")
     if not found or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):

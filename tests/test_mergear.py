@@ -42,7 +42,7 @@ def full_logits(gpt, codes, labels, keep=None):
         return gpt(codes, labels)[0]
     return gpt(codes, labels, keep, mergear_mask(codes, gpt.config.window, keep))[0]
 
-def cached_logits(gpt, codes, labels, keep=None, after_step=lambda cache: None):
+def cached_logits(gpt, codes, labels, keep=None, after_step=lambda cache, t: None):
     """The same logits from one-token steps over a cache."""
     P, steps = gpt.config.prefix, []
     cache = gpt.new_cache(len(labels), keep)
@@ -53,7 +53,7 @@ def cached_logits(gpt, codes, labels, keep=None, after_step=lambda cache: None):
         x = prefix[:, t] if t < P else gpt.embed_codes(latest)
         cache.begin(t, latest)
         h = gpt.run_blocks(x[:, None], rope[:, t], cache)[:, 0]
-        after_step(cache)
+        after_step(cache, t)
         if t >= P - 1:
             steps.append(gpt.head(h, subs[:, t - P + 1, :-1]))
     return [torch.stack([step[s] for step in steps], dim=1) for s in range(subs.shape[-1])]
@@ -214,10 +214,10 @@ def test_compact_cache_equals_masked_forward(window, keep):
     assert len(codes[0].unique()) == 1 and len(codes[-1].unique()) >= 15
     used = []
 
-    def spoil(cache):
+    def spoil(cache, t):
         assert cache.rows == cache.keys[0].shape[1] == 2 + keep + min(window + 1, 64)
-        used.append(cache.rows_in_use())
-        unused = (cache.last_seen <= cache.t).repeat_interleave(cache.heads, 0)  # (Rh,rows)
+        used.append((cache.last_seen > t).sum(1))
+        unused = (cache.last_seen <= t).repeat_interleave(cache.heads, 0)  # (Rh,rows)
         for rows in (*cache.keys, *cache.values):
             rows.masked_fill_(unused[..., None], 1e3)
 
