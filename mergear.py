@@ -411,14 +411,18 @@ class DenseCache:
         self.values = [like.new_zeros(shape) for _ in range(c.depth)]
         self.nbytes = sum(x.nbytes for x in self.keys + self.values)
 
+    def limit(self, rows):
+        """Attend to the first `rows` sequence rows, or some more -> how many."""
+        self.visible = min(-(-rows // 64) * 64, self.rows)  # few lengths: few kernels to build
+        return self.visible
+
     def begin(self, t, codes=None, n=1, alone=0):
-        """n rows, from sequence row t on. The last `alone` of them do not see each other."""
-        end = t + n
-        self.place = (slice(None), slice(t, end))
-        self.visible = min(-(-end // 32) * 32, self.rows)  # few lengths: few kernels to build
+        """n rows, from sequence row t (1,) on. The last `alone` of them do not see each other."""
         column = torch.arange(self.visible, device=self.device)
-        row = column[t:end, None]  # (n,1)
-        unseen = (column > row) | (column >= end - alone) & (column != row)  # (n,visible)
+        row = t + column[:n]  # (n,)
+        self.place = slice(None), row
+        row, last = row[:, None], t + n - alone
+        unseen = (column > row) | (column >= last) & (column != row)  # (n,visible)
         self.bias = torch.zeros_like(unseen, dtype=self.keys[0].dtype)
         self.bias.masked_fill_(unseen, -math.inf)
 
@@ -454,10 +458,13 @@ class CompactCache(DenseCache):
         self.count = torch.zeros_like(self.code[:, 0])  # (R,) rows in use after the ring
         self.sequence = torch.arange(sequences * c.heads, device=self.device)[:, None]
 
+    def limit(self, rows):  # attends to all cache rows at any time
+        return self.forever
+
     def begin(self, t, codes=None):
-        """The token of sequence row t: codes (R,), None for the prefix."""
+        """The token of sequence row t (1,): codes (R,), None for the prefix."""
         if codes is None:
-            codes = torch.full_like(self.count, -2 - t)  # equals no other: stays for ever
+            codes = (-2 - t).expand_as(self.count)  # equals no other: stays for ever
         known = (self.code[:, self.ring:] == codes[:, None]).any(1)  # (R,)
         first = ~known & (self.count < self.rows - self.ring)
         row = torch.where(first, self.ring + self.count, t % self.ring)[:, None]
@@ -511,22 +518,51 @@ def pick_codes(gpt, h, noise, cfg, filters):
         subs = torch.cat([subs, sub.view(*noise.shape[:2], 1)], dim=-1)  # (B,n,s+1)
     return join_codes(subs, sub_bits)
 
+def repeat(step, times, device):
+    """step() `times` times. It reads and writes fixed tensors only, so a GPU can record it once
+    and replay it (a CUDA graph): one launch, not hundreds."""
+    if device.type == "cuda" and times > 2:
+        step()  # libraries set themselves up
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            step()
+        step, times = graph.replay, times - 1
+    for _ in range(times):
+        step()
+
 def sample_in_order(gpt, labels, keep, noise, scales, filters):
     """Raster and mergear: labels (R,), noise (B,L,S), a guidance scale per step -> (B,L)."""
     P, L = gpt.config.prefix, gpt.config.length
     copies = len(labels) // len(noise)
     cache = gpt.new_cache(len(labels), keep)
-    rope = rope_table(gpt.config, labels.device)
-    prefix, codes = gpt.embed_prefix(labels, keep), []
-    for t in range(P + L - 1):
-        latest = codes[-1].repeat(copies) if t >= P else None  # (R,)
-        x = prefix[:, t] if t < P else gpt.embed_codes(latest)  # (R,D)
+    rope = rope_table(gpt.config, labels.device)  # (2,P+L,D/h)
+    # indexed by sequence row: what it draws. What the prefix draws before its last row is junk
+    codes = labels.new_zeros(len(noise), P - 1 + L)
+    noise = F.pad(noise, (0, 0, P - 1, 0))  # (B,P-1+L,S)
+    scales = torch.tensor([1.0] * (P - 1) + scales, device=labels.device)
+    t = labels.new_zeros(1)
+
+    def step(x=None):
+        """Feed row t: the prefix x (R,D), or the code drawn last. Draw a code."""
+        latest = None
+        if x is None:
+            latest = codes.index_select(1, t - 1)[:, 0].repeat(copies)  # (R,)
+            x = gpt.embed_codes(latest)
         cache.begin(t, latest)
-        h = gpt.run_blocks(x[:, None], rope[:, t], cache)  # (R,1,D)
-        i = t - P + 1  # the position that this row predicts
-        if i >= 0:
-            codes.append(pick_codes(gpt, h, noise[:, i:i + 1], scales[i], filters)[:, 0])
-    return torch.stack(codes, dim=1)
+        h = gpt.run_blocks(x[:, None], rope.index_select(1, t), cache)  # (R,1,D)
+        u, scale = noise.index_select(1, t), scales.index_select(0, t)
+        codes.index_copy_(1, t, pick_codes(gpt, h, u, scale, filters))
+        t.add_(1)
+
+    cache.limit(P)
+    for x in gpt.embed_prefix(labels, keep).unbind(1):
+        step(x)
+    done = P
+    while done < codes.shape[1]:
+        end = min(cache.limit(done + 1), codes.shape[1])
+        repeat(step, end - done, labels.device)
+        done = end
+    return codes[:, P - 1:]
 
 def arccos_steps(keep, steps=None):
     """How many of `keep` codes each step draws: one, then few, at last many. After a share r of
@@ -556,6 +592,7 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         # not each other. The next call overwrites their rows of the cache by whole pairs
         rows = drawn.repeat(copies, 1)  # (R,n)
         asked, asked_turn = gpt.position_instruction(rows), rope[:, P + rows]
+        cache.limit(t + x.shape[1] + n)
         cache.begin(t, n=x.shape[1] + n, alone=n)
         t += x.shape[1]
         h = torch.cat([x, asked], dim=1)

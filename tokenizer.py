@@ -317,19 +317,21 @@ def norm_groups(x, groups, scale, shift, silu):
 
 @functools.cache
 def norm_kernel():
-    """norm_groups as one kernel, where there is a GPU with Triton and a C compiler; else None.
-
-    Under autocast nn.GroupNorm reads and writes float32, in NCHW: twice the bytes, and copies.
-    """
+    """norm_groups as one kernel, where there is a GPU with Triton and a C compiler; else None."""
     found = importlib.util.find_spec("triton") and shutil.which("cc")
-    if not found or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (7, 0):
+    if not found or torch.cuda.get_device_capability() < (7, 0):
         return None
     torch._dynamo.config.recompile_limit = 64  # kinds of input: type, training or not, SiLU
     return torch.compile(norm_groups, dynamic=True)
 
+def fused_norm(x):
+    """The kernel for x, or None. Under autocast nn.GroupNorm reads and writes float32, in NCHW:
+    twice the bytes, and copies. For small images compiling takes longer than it saves."""
+    return norm_kernel() if x.is_cuda and x.numel() >= 2 ** 22 else None
+
 def norm_silu(x, norm):
     """SiLU of an nn.GroupNorm: (B,C,H,W) -> (B,C,H,W)."""
-    kernel = norm_kernel() if x.is_cuda else None
+    kernel = fused_norm(x)
     if kernel is None:
         return F.silu(norm(x))
     return kernel(x, norm.num_groups, norm.weight[None], norm.bias[None], silu=True)
@@ -494,7 +496,7 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x, code_map):
         std = (code_map.var((2, 3)) + 1e-6).sqrt()                           # (B,d)
         scale, shift = self.scale(std), self.shift(code_map.mean((2, 3)))    # (B,C)
-        kernel = norm_kernel() if x.is_cuda else None
+        kernel = fused_norm(x)
         if kernel is not None:
             return kernel(x, self.norm.num_groups, scale, shift, silu=False)
         return self.norm(x) * scale[..., None, None] + shift[..., None, None]

@@ -51,7 +51,8 @@ def cached_logits(gpt, codes, labels, keep=None, after_step=lambda cache, t: Non
     for t in range(P + codes.shape[1] - 1):
         latest = codes[:, t - P] if t >= P else None
         x = prefix[:, t] if t < P else gpt.embed_codes(latest)
-        cache.begin(t, latest)
+        cache.limit(t + 1)
+        cache.begin(torch.tensor([t]), latest)
         h = gpt.run_blocks(x[:, None], rope[:, t], cache)[:, 0]
         after_step(cache, t)
         if t >= P - 1:
@@ -362,7 +363,8 @@ def test_cfg_formula_and_its_schedule(mode, monkeypatch):
     monkeypatch.setattr(mergear, "guide", lambda x, cfg: scales.append(cfg) or guide(x, cfg))
     sample_codes(gpt, torch.arange(3), cfg=3.0, cfg_schedule="linear")
     n = 4 if mode == "randar" else 16
-    assert sorted(set(scales)) == pytest.approx([1 + 2 * (i + 1) / n for i in range(n)])
+    seen = sorted({float(x) for x in scales})[-n:]  # the prefix of mergear draws with scale 1
+    assert seen == pytest.approx([1 + 2 * (i + 1) / n for i in range(n)])
 
 def test_arccos_steps():
     """A schedule that loses codes or has idle steps; the paper's 64 of 144 and 88 of 256."""

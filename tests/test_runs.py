@@ -86,6 +86,8 @@ def fails(main, argv, capsys):
 # Kills, signals, disks
 
 
+# beside CUDA autograd has threads, which no forked process inherits
+@pytest.mark.skipif(torch.cuda.is_available(), reason="run python tests/kills.py by itself")
 def test_three_kills(tmp_path):
     """State that a checkpoint forgets, half a checkpoint, lines written twice: see kills.py."""
     write_images(tmp_path / "images")
