@@ -307,11 +307,14 @@ def norm_groups(x, groups, scale, shift, silu):
 
     Statistics in float32; the result has x's type and is channels_last, as convolutions want it.
     """
-    C = x.shape[1]
+    n = x.shape[1] // groups                                                 # channels of a group
     y = x.contiguous(memory_format=torch.channels_last).float()
-    y = y.unflatten(1, (groups, C // groups))                                # (B,G,C/G,H,W)
-    var, mean = torch.var_mean(y, (2, 3, 4), correction=0, keepdim=True)
-    y = ((y - mean) * (var + 1e-5).rsqrt()).flatten(1, 2)
+    # first over positions, then over channels: so neighbours in memory are read together
+    moments = torch.stack([y.mean((2, 3)), y.square().mean((2, 3))])         # (2,B,C)
+    mean, square = moments.unflatten(2, (groups, n)).mean(3)                 # (B,G)
+    deviation = (square - mean.square()).clamp_min(0).add(1e-5).sqrt()
+    scale = scale / deviation.repeat_interleave(n, 1)                        # (B,C)
+    shift = shift - mean.repeat_interleave(n, 1) * scale
     y = y * scale[..., None, None] + shift[..., None, None]
     return (F.silu(y) if silu else y).to(x.dtype)
 
@@ -321,13 +324,14 @@ def norm_kernel():
     found = importlib.util.find_spec("triton") and shutil.which("cc")
     if not found or torch.cuda.get_device_capability() < (7, 0):
         return None
-    torch._dynamo.config.recompile_limit = 64  # kinds of input: type, training or not, SiLU
-    return torch.compile(norm_groups, dynamic=True)
+    torch._dynamo.config.recompile_limit = 64  # one for each shape: three times as fast as any
+    return torch.compile(norm_groups, dynamic=False)
 
 def fused_norm(x):
     """The kernel for x, or None. Under autocast nn.GroupNorm reads and writes float32, in NCHW:
-    twice the bytes, and copies. For small images compiling takes longer than it saves."""
-    return norm_kernel() if x.is_cuda and x.numel() >= 2 ** 22 else None
+    twice the bytes, and copies. Compiling pays in training, on large images."""
+    large = x.is_cuda and x.numel() >= 2 ** 22
+    return norm_kernel() if large and torch.is_grad_enabled() else None
 
 def norm_silu(x, norm):
     """SiLU of an nn.GroupNorm: (B,C,H,W) -> (B,C,H,W)."""
@@ -816,14 +820,14 @@ def adaptive_weight(images, pixel_grad, gan_grad, last_layer):
     pixel, gan = mean_over_ranks(torch.stack([pixel, gan]))
     return (pixel.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
 
-def align_loss(kind, student, teacher, labels, queue):
-    """Global alignment (Eq. 10) of the student's class token (B,C) with the teacher's (B,C), or
-    with labels (B,).
+def align_loss(kind, student, teacher, labels, rank=0):
+    """Global alignment (Eq. 10): the student's outputs (b,C) for this rank's images, with the
+    teacher's for those of all ranks (B,C), or with labels (b,).
 
-    ema: student and teacher see two views of each image. Among the teacher's outputs for these
-    images' views and for those of earlier steps, `queue` (Q,C), the student's has to be nearest to
-    its own (MoCo, 1911.05722). dinov2: T^2 KL at T = 4 as in the authors' release. It is
-    Eq. 10 less the teacher's entropy, which has no gradient.
+    ema: student and teacher see two views of each image. Among the teacher's outputs for the whole
+    batch, the student's has to be nearest to that for the same image (MoCo v3, 2104.02057).
+    dinov2: T^2 KL at T = 4 as in the authors' release. It is Eq. 10 less the teacher's entropy,
+    which has no gradient.
     """
     if kind == "none":
         return torch.zeros((), device=labels.device)
@@ -833,9 +837,8 @@ def align_loss(kind, student, teacher, labels, queue):
         target, log_q = (teacher / 4).log_softmax(-1), (student / 4).log_softmax(-1)
         return 16 * F.kl_div(log_q, target, reduction="batchmean", log_target=True)
     student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
-    own = (student * teacher).sum(1, keepdim=True)                           # (B,1)
-    logits = torch.cat([own, student @ queue.T], dim=1) / 0.1                # (B,1+Q)
-    return -logits.log_softmax(1)[:, 0].mean()
+    own = rank * len(student) + torch.arange(len(student), device=student.device)
+    return F.cross_entropy(student @ teacher.T / 0.1, own)                   # (b,B) logits
 
 def keep_distribution(config):
     """Values of K in training and their probabilities (A.3, Eq. 15-16): (list, (n,) array)."""
@@ -918,26 +921,21 @@ def draw_reconstructions(model, dataset, config, run, path, num=8):
 CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", "disc", "lecam",
           "val_psnr", "val_psnr_full", "perplexity", "bit_imbalance", "keep", "lr")
 
-QUEUE = 2048  # earlier images that --align ema tells apart from this step's
-
 @torch.no_grad()
-def teacher_outputs(config, ema, dinov2, images, keep, draws):
-    """images (B,3,H,W), draws (B,2,18) uniform -> the student's own view of the images, the
-    teacher's outputs (B,C) for another one; None where --align has no such thing."""
+def teacher_outputs(config, run, ema, dinov2, images, keep, draws):
+    """images (b,3,H,W), draws (b,2,18) uniform -> the student's own view of the images; the
+    teacher's outputs for another one, with ema of all ranks (B,C). None: --align needs none."""
     if config.align == "dinov2":  # as in the release, the student sees the training crop
         return None, dinov2(augment(images, draws[:, 0], config.view_color)).float()
     if config.align == "ema":
         other, view = (augment(images, u, config.view_color) for u in draws.unbind(1))
-        return view, ema.align(other, keep)
+        outputs = ema.align(other, keep)
+        if run.world > 1:  # this does not wait for the device
+            parts = [torch.empty_like(outputs) for _ in range(run.world)]
+            dist.all_gather(parts, outputs.contiguous())
+            outputs = torch.cat(parts)
+        return view, outputs
     return None, None
-
-def rows_of_all_ranks(rows, run):
-    """Rows (b,C) of each rank -> (world b,C), without waiting for the device."""
-    if run.world == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(run.world)]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
 
 def main(argv=None):
     config = parse_config(TokenizerConfig, __doc__, argv, VARIANTS, "variant")
@@ -971,8 +969,6 @@ def main(argv=None):
     parts = dict(model=raw_model, ema=ema, disc=discriminator, optimizer=optimizer,
                  disc_optimizer=disc_optimizer)
     lecam = torch.zeros(2, device=run.device)                      # mean logit of real, of fake
-    queue = torch.randn(QUEUE, config.align_dim, generator=seeded(config.seed))
-    queue = F.normalize(queue, dim=1).to(run.device)               # of the ema teacher
     running = dict(lecam=(lecam, 0.01))                            # averages and their rates
     if config.bit_norm:
         running["bits"] = raw_model.bit_norm.stats, 0.1
@@ -980,7 +976,6 @@ def main(argv=None):
     if state:
         load_parts(f"{config.out}/ckpt.pt", state, **parts)
         lecam.copy_(state["lecam"])
-        queue.copy_(state["queue"])
         step, skipped = state["step"], skipped + state["skipped"]
     if config.compile:
         raw_model.decoder.features = torch.compile(raw_model.decoder.features)
@@ -1017,7 +1012,7 @@ def main(argv=None):
         if run.main and (last or stopping or step % config.save_every == 0):
             save_checkpoint(f"{config.out}/ckpt.pt", "tokenizer", step=step,
                             config=dataclasses.asdict(config), skipped=int(skipped),
-                            class_names=list(train_set.class_names), lecam=lecam, queue=queue,
+                            class_names=list(train_set.class_names), lecam=lecam,
                             **{name: part.state_dict() for name, part in parts.items()})
         if last or stopping:
             break
@@ -1030,7 +1025,7 @@ def main(argv=None):
         w_gan = config.w_disc * min(1.0, (step - config.disc_start + 1) / config.disc_ramp)
         shape = config.batch_size, 2, AUGMENT_DRAWS
         draws = torch.rand(shape, generator=seeded(config.seed, 2, step))
-        logs, means, new_keys = defaultdict(float), defaultdict(float), []
+        logs, means = defaultdict(float), defaultdict(float)
         raw_model.train()
         for micro_step in range(config.accum):
             images, labels = next(stream)
@@ -1043,7 +1038,7 @@ def main(argv=None):
             # image -> K tokens -> bits -> image. BitNorm and entropy see the images of this
             # micro-batch on all ranks
             with run.autocast():
-                view, teacher = teacher_outputs(config, ema, dinov2, images, keep, rows)
+                view, teacher = teacher_outputs(config, run, ema, dinov2, images, keep, rows)
                 out = model(images, keep, view)
             entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
             decoded = out.images.detach().requires_grad_()
@@ -1053,7 +1048,7 @@ def main(argv=None):
                 commit=F.mse_loss(out.z, out.z.detach().sign()),
                 entropy=entropy,
                 recovery=F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten()),
-                align=align_loss(config.align, out.align, teacher, labels, queue))
+                align=align_loss(config.align, out.align, teacher, labels, run.rank))
             pixel = weights["rec"] * losses["rec"] + weights["perceptual"] * losses["perceptual"]
             other = sum(weights[name] * losses[name] for name in terms[2:])
 
@@ -1081,8 +1076,6 @@ def main(argv=None):
                 disc_loss = losses["disc"] + config.w_lecam * losses["lecam"]
                 (disc_loss / config.accum).backward()
                 means["lecam"] += torch.stack([real.mean(), fake.mean()]).detach()
-            if config.align == "ema":
-                new_keys.append(rows_of_all_ranks(F.normalize(teacher, dim=1), run))
             if config.bit_norm:
                 means["bits"] += out.bit_stats
             losses.update(entropy_sample=sample_entropy, entropy_codebook=codebook_entropy)
@@ -1099,9 +1092,6 @@ def main(argv=None):
             average, rate = running[name]
             mean = average.lerp(mean_over_ranks(value / config.accum), rate)
             average.copy_(torch.where(finite, mean, average))
-        if new_keys:
-            newest = torch.cat([*new_keys, queue])[:QUEUE]
-            queue = torch.where(finite, newest, queue)
         update_ema(ema, raw_model, config.ema, step, finite)
         skipped += ~finite
         step += 1

@@ -13,6 +13,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import mergear
@@ -353,6 +355,50 @@ def test_guided_samples_follow_the_guided_logits():
         logits = uncond[s] + 1.5 * (cond[s] - uncond[s])
         picked = logits.gather(-1, chosen[..., s:s + 1])[..., 0]
         assert (logits.max(-1).values - picked).max() < 1e-3
+
+class Recorder(TorchDispatchMode):
+    """What a CUDA graph does: the operations of one call, again on the same memory."""
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for function, args, kwargs, outs in self.calls:
+            new = function(*args, **kwargs)
+            for a, b in zip(tree_leaves(outs), tree_leaves(new)):
+                if a.data_ptr() != b.data_ptr():  # else a view, or written in place
+                    a.copy_(b)
+
+@pytest.mark.parametrize("mode", ("raster", "mergear"))
+def test_a_recorded_step_is_any_step(mode, monkeypatch):
+    """A step number or a choice that Python holds, which a replayed CUDA graph repeats."""
+    gpt = small_gpt(mode=mode)
+    labels = torch.arange(3)
+    expected = sample_codes(gpt, labels, cfg=2.0)[0]
+    recorded = []
+
+    def repeat(step, times, device):
+        recorder = Recorder()
+        recorder.calls = []
+        with recorder:
+            step()
+        for _ in range(times - 1):
+            recorder.replay()
+        recorded.append(times)
+
+    monkeypatch.setattr(mergear, "repeat", repeat)
+    assert torch.equal(sample_codes(gpt, labels, cfg=2.0)[0], expected)
+    assert max(recorded) > 10
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("mode", ("raster", "mergear"))
+def test_cuda_graphs_change_nothing(mode, monkeypatch):
+    """The same with real graphs."""
+    gpt, labels = small_gpt(mode=mode).cuda(), torch.arange(3)
+    replayed = sample_codes(gpt, labels, cfg=2.0)[0]
+    monkeypatch.setattr(mergear, "repeat", lambda step, n, device: [step() for _ in range(n)])
+    assert torch.equal(sample_codes(gpt, labels, cfg=2.0)[0], replayed)
 
 @pytest.mark.parametrize("mode", MODES)
 def test_cfg_formula_and_its_schedule(mode, monkeypatch):

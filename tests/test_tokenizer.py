@@ -22,13 +22,12 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import tokenizer
-from data import UserError, build_dataset, epoch_order, run_main, seeded
+from data import Run, UserError, build_dataset, epoch_order, run_main, seeded
 from tokenizer import (VARIANTS, Attention, BitNorm, MergeVQ, TokenizerConfig, align_loss,
                        bit_balance, bits_to_codes, canonical_source, codes_to_bits,
                        entropy_loss, first_position_of_token, keep_distribution, lfq_entropy,
-                       load_tokenizer,
-                       match_tokens, merge_schedule, merge_tokens, psnr, quantise, sample_keep,
-                       save_checkpoint, unmerge)
+                       load_tokenizer, match_tokens, merge_schedule, merge_tokens, psnr, quantise,
+                       sample_keep, save_checkpoint, unmerge)
 
 torch.set_num_threads(1)  # the models here are too small for more
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -485,14 +484,15 @@ def test_step_on_a_meta_device(monkeypatch):
         discriminator = tokenizer.Discriminator(small_config())
     model.train()
     draws = torch.empty(4, 2, tokenizer.AUGMENT_DRAWS, device=meta)
-    view, teacher = tokenizer.teacher_outputs(model.config, model, None, images, 25, draws)
+    run = Run(0, 1, meta, torch.float32)
+    view, teacher = tokenizer.teacher_outputs(model.config, run, model, None, images, 25, draws)
     out = model(images, 25, view)
     entropy, _, _ = tokenizer.entropy_loss(out.z)
     decoded = out.images.detach().requires_grad_()
     gan, = torch.autograd.grad(-discriminator(decoded).mean(), decoded)
     pixel, = torch.autograd.grad(F.mse_loss(decoded, images), decoded)
     loss = entropy + F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten())
-    loss = loss + align_loss("ema", out.align, teacher, labels, torch.zeros(9, 8, device=meta))
+    loss = loss + align_loss("ema", out.align, teacher, labels)
     balance = tokenizer.adaptive_weight(out.images, pixel, gan, model.decoder.conv_out.weight)
     torch.autograd.backward((loss, out.images), (None, pixel + balance * gan))
     assert all(p.grad is not None for p in model.parameters())
@@ -527,19 +527,22 @@ def test_align_is_equation_10():
     student = torch.randn(6, 20, generator=generator(), dtype=torch.float64) * 8
     teacher = torch.randn(6, 20, generator=generator(1), dtype=torch.float64) * 8
     student.requires_grad_()
-    loss = align_loss("dinov2", student, teacher, None, None)
+    loss = align_loss("dinov2", student, teacher, None)
     target, log_q = (teacher / 4).softmax(-1), (student / 4).log_softmax(-1)
     torch.testing.assert_close(loss, 16 * F.kl_div(log_q, target, reduction="batchmean"))
     equation = -16 * (target * log_q).sum(-1).mean()
     a, b = (torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss, equation))
     torch.testing.assert_close(a, b)
-    queue = F.normalize(torch.randn(9, 20, generator=generator(2), dtype=torch.float64), dim=1)
-    loss = align_loss("ema", student, teacher, None, queue)
-    for i in range(6):  # cosines with its own key, then with the queue
-        keys = [teacher[i] / teacher[i].norm(), *queue]
-        cosines = torch.stack([key @ student[i] / student[i].norm() for key in keys])
-        loss = loss + (cosines / 0.1).log_softmax(0)[0] / 6
-    assert abs(loss) < 1e-12
+
+def test_align_of_two_views():
+    """A row compared with the image of another rank, a temperature or a norm left out."""
+    student, teacher = torch.randn(2, 6, 20, generator=generator(), dtype=torch.float64)
+    logits = [[F.cosine_similarity(x, y, 0) / 0.1 for y in teacher] for x in student]
+    losses = -torch.tensor(logits, dtype=torch.float64).log_softmax(1).diag()
+    torch.testing.assert_close(align_loss("ema", student, teacher, None), losses.mean())
+    second = align_loss("ema", student[3:], teacher, None, rank=1)  # of two ranks
+    torch.testing.assert_close(second, losses[3:].mean())
+    assert align_loss("ema", student, student, None) < losses.mean()
 
 def test_psnr_known_value():
     """The peak of images in [-1,1] is 2: with 1, all values are 6 dB too low."""
@@ -632,8 +635,7 @@ def test_two_ranks_equal_one_process(tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), (a["step"], name)
     assert {"rec", "perceptual", "commit", "entropy", "recovery", "align", "gan", "disc", "lecam",
             "grad_norm"} <= set(rows[-1])
-    for name in ("lecam", "queue"):
-        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-5)
+    torch.testing.assert_close(two["lecam"], one["lecam"], rtol=0, atol=1e-5)
     close(one, two, ("model", "disc"))
 
 def test_resume_is_exact(tmp_path):
@@ -652,16 +654,6 @@ def test_resume_is_exact(tmp_path):
         with open(tmp_path / name / "metrics.jsonl") as file:
             lines.append([{**json.loads(line), "images_per_s": 0} for line in file])
     assert lines[0] == lines[1]
-
-def test_queue_holds_the_newest_outputs_first(tmp_path):
-    """A queue that keeps its first, random rows for ever, or rows that are not unit vectors."""
-    state, _ = train(tmp_path / "run", max_steps=3)
-    config = TokenizerConfig(**state["config"])
-    start = torch.randn(tokenizer.QUEUE, config.align_dim, generator=seeded(config.seed))
-    start, new = F.normalize(start, dim=1), 3 * config.batch_size
-    assert torch.equal(state["queue"][new:], start[:-new])
-    assert not torch.isclose(state["queue"][:new], start[:new]).any(1).all()
-    torch.testing.assert_close(state["queue"].norm(dim=1), torch.ones(tokenizer.QUEUE))
 
 def test_decoder_learns_to_please_the_discriminator(tmp_path):
     """The adversarial gradient with the wrong sign, or added to nothing: AdamW's first moment of
@@ -687,8 +679,8 @@ def test_decoder_learns_to_please_the_discriminator(tmp_path):
 
 def test_accumulation_equals_one_large_batch(tmp_path):
     """Gradients added but not averaged, or micro-batches that see the same images, for both
-    networks. Without BitNorm and entropy, which look at a micro-batch."""
-    changes = dict(batch_size=8, lr=1e-4, bit_norm=False, w_entropy=0.0, max_steps=3)
+    networks. Without BitNorm, entropy and alignment, which look at a micro-batch."""
+    changes = dict(batch_size=8, lr=1e-4, bit_norm=False, w_entropy=0.0, align="none", max_steps=3)
     (one, rows), (four, rows_four) = (
         train(tmp_path / f"accum{n}", accum=n, disc_start=100, **changes) for n in (1, 4))
     for a, b in zip(rows, rows_four, strict=True):  # AdamW hides a wrong scale, its norm does not
