@@ -417,7 +417,7 @@ class DenseCache:
         return self.visible
 
     def begin(self, t, codes=None, n=1, alone=0):
-        """n rows, from sequence row t (1,) on. The last `alone` of them do not see each other."""
+        """n rows, from sequence row t on, after limit(). The last `alone` do not see each other."""
         column = torch.arange(self.visible, device=self.device)
         row = t + column[:n]  # (n,)
         self.place = slice(None), row
@@ -521,14 +521,17 @@ def pick_codes(gpt, h, noise, cfg, filters):
 def repeat(step, times, device):
     """step() `times` times. It reads and writes fixed tensors only, so a GPU can record it once
     and replay it (a CUDA graph): one launch, not hundreds."""
-    if device.type == "cuda" and times > 2:
-        step()  # libraries set themselves up
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    if device.type != "cuda" or times < 3:
+        for _ in range(times):
             step()
-        step, times = graph.replay, times - 1
-    for _ in range(times):
+        return
+    step()  # libraries set themselves up
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
+    for _ in range(times - 1):
+        graph.replay()
+    torch.cuda.synchronize(device)  # before the graph's memory goes
 
 def sample_in_order(gpt, labels, keep, noise, scales, filters):
     """Raster and mergear: labels (R,), noise (B,L,S), a guidance scale per step -> (B,L)."""

@@ -328,10 +328,12 @@ def norm_kernel():
     return torch.compile(norm_groups, dynamic=False)
 
 def fused_norm(x):
-    """The kernel for x, or None. Under autocast nn.GroupNorm reads and writes float32, in NCHW:
-    twice the bytes, and copies. Compiling pays in training, on large images."""
-    large = x.is_cuda and x.numel() >= 2 ** 22
-    return norm_kernel() if large and torch.is_grad_enabled() else None
+    """The function for x, or None. Under autocast nn.GroupNorm reads and writes float32, in NCHW:
+    twice the bytes, and copies. A kernel pays in training, for large x."""
+    large = x.is_cuda and x.dtype == torch.bfloat16 and x.numel() >= 2 ** 22
+    if not large or not torch.is_grad_enabled():
+        return None
+    return norm_groups if torch.compiler.is_compiling() else norm_kernel()
 
 def norm_silu(x, norm):
     """SiLU of an nn.GroupNorm: (B,C,H,W) -> (B,C,H,W)."""
@@ -824,8 +826,9 @@ def align_loss(kind, student, teacher, labels, rank=0):
     """Global alignment (Eq. 10): the student's outputs (b,C) for this rank's images, with the
     teacher's for those of all ranks (B,C), or with labels (b,).
 
-    ema: student and teacher see two views of each image. Among the teacher's outputs for the whole
-    batch, the student's has to be nearest to that for the same image (MoCo v3, 2104.02057).
+    ema: student and teacher see two views of each image. Among the teacher's outputs for all
+    images, the student's has to be nearest to that for the same image (as in MoCo v3, 2104.02057,
+    one way and without its predictor). One image alone has nothing to be told from.
     dinov2: T^2 KL at T = 4 as in the authors' release. It is Eq. 10 less the teacher's entropy,
     which has no gradient.
     """
@@ -1035,8 +1038,8 @@ def main(argv=None):
             sync = micro_step == config.accum - 1
             model.require_backward_grad_sync = disc.require_backward_grad_sync = sync
 
-            # image -> K tokens -> bits -> image. BitNorm and entropy see the images of this
-            # micro-batch on all ranks
+            # image -> K tokens -> bits -> image. BitNorm, entropy and ema alignment see the images
+            # of this micro-batch on all ranks
             with run.autocast():
                 view, teacher = teacher_outputs(config, run, ema, dinov2, images, keep, rows)
                 out = model(images, keep, view)

@@ -373,7 +373,7 @@ class Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("mode", ("raster", "mergear"))
 def test_a_recorded_step_is_any_step(mode, monkeypatch):
     """A step number or a choice that Python holds, which a replayed CUDA graph repeats."""
-    gpt = small_gpt(mode=mode)
+    gpt = small_gpt(mode=mode, length=144)  # raster attends to 64, 128, then 144 rows
     labels = torch.arange(3)
     expected = sample_codes(gpt, labels, cfg=2.0)[0]
     recorded = []

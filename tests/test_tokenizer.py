@@ -22,7 +22,7 @@ from PIL import Image
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import tokenizer
-from data import Run, UserError, build_dataset, epoch_order, run_main, seeded
+from data import Run, UserError, build_dataset, epoch_order, run_main
 from tokenizer import (VARIANTS, Attention, BitNorm, MergeVQ, TokenizerConfig, align_loss,
                        bit_balance, bits_to_codes, canonical_source, codes_to_bits,
                        entropy_loss, first_position_of_token, keep_distribution, lfq_entropy,
