@@ -539,7 +539,7 @@ def sample_in_order(gpt, labels, keep, noise, scales, filters):
     copies = len(labels) // len(noise)
     cache = gpt.new_cache(len(labels), keep)
     rope = rope_table(gpt.config, labels.device)  # (2,P+L,D/h)
-    # indexed by sequence row: what it draws. What the prefix draws before its last row is junk
+    # by sequence row: what it draws. Draws of the prefix before its last row are not used
     codes = labels.new_zeros(len(noise), P - 1 + L)
     noise = F.pad(noise, (0, 0, P - 1, 0))  # (B,P-1+L,S)
     scales = torch.tensor([1.0] * (P - 1) + scales, device=labels.device)

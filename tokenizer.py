@@ -324,7 +324,7 @@ def norm_kernel():
     found = importlib.util.find_spec("triton") and shutil.which("cc")
     if not found or torch.cuda.get_device_capability() < (7, 0):
         return None
-    torch._dynamo.config.recompile_limit = 64  # one for each shape: three times as fast as any
+    torch._dynamo.config.recompile_limit = 64  # a kernel for each shape
     return torch.compile(norm_groups, dynamic=False)
 
 def fused_norm(x):

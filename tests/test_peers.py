@@ -83,7 +83,7 @@ def test_dinov2(tmp_path, monkeypatch, side):
         name = "layer" + name if name.startswith("norm.") else name
         parts = w.chunk(3) if ".qkv." in name else [w]
         renamed.update({name.replace("qkv", f"{n}_proj"): part for n, part in zip("qkv", parts)})
-    if "encoder.layer.0.attention.attention.query.weight" in theirs.state_dict():  # before 5.18
+    if "encoder.layer.0.attention.attention.query.weight" in theirs.state_dict():  # in 5.17
         for a, b in (("q_proj", "attention.query"), ("k_proj", "attention.key"),
                      ("v_proj", "attention.value"), ("o_proj", "output.dense")):
             renamed = {name.replace(a, b): w for name, w in renamed.items()}
