@@ -624,7 +624,7 @@ class Forward(NamedTuple):
     z: torch.Tensor          # (B,K,d)
     source: torch.Tensor     # (B,L)
     recovery: torch.Tensor   # (B,L,K) logits of source
-    align: torch.Tensor      # (B,align_dim) logits of the class token; None without alignment
+    align: torch.Tensor      # (B,align_dim) the student's outputs; None without alignment
     bit_stats: torch.Tensor  # (2,d) BitNorm's statistics of this batch; None without BitNorm
 
 class MergeVQ(nn.Module):
