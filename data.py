@@ -850,12 +850,17 @@ def plain(text):
 # ------------------------------------------------------------------------------
 # The strong augmentation of the alignment loss, on the device of the images
 
-AUGMENT_DRAWS = 18
+AUGMENT_DRAWS = 14
 
 @torch.no_grad()
-def augment(images, draws, color=0.1):
-    """A strongly changed view of each image (DINO, arXiv 2104.14294): images (B,3,H,W) in [-1,1],
-    draws (B,18) uniform in [0,1) -> (B,3,H,W). Row i depends on row i of both alone."""
+def augment(images, draws, view="color"):
+    """A strongly changed view of each image: images (B,3,H,W) in [-1,1], draws (B,14) uniform in
+    [0,1) -> (B,3,H,W). Row i depends on row i of both alone.
+
+    color: crop, colour jitter, blur, solarisation as in DINO (arXiv 2104.14294). grey: crop, then
+    no colour at all, one contrast, and light and dark exchanged in half of the cases. Flat
+    drawings differ most in colour: jittered, it still tells more than their shape.
+    """
     B, _, H, W = images.shape
     x = images.float()
     draws = draws.to(device=x.device, dtype=x.dtype, non_blocking=True)
@@ -869,23 +874,28 @@ def augment(images, draws, color=0.1):
     theta = torch.cat([w, zero, right, zero, h, down], 1).view(B, 2, 3)
     grid = F.affine_grid(theta, x.shape, align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    luma = torch.tensor([0.299, 0.587, 0.114]).to(x.device, non_blocking=True).view(3, 1, 1)
+    if view == "grey":
+        x = (x * luma).sum(1, keepdim=True).expand(-1, 3, -1, -1)
+        deviation, mean = torch.std_mean(x, (1, 2, 3), keepdim=True)
+        x = (x - mean) / (deviation + 0.05)
+        return torch.where(next(u) < 0.5, -x, x).to(images.dtype)
     # colour jitter (p = 0.8): brightness and contrast +-40 %; saturation, hue; grey (p = 0.2)
     x = (x + 1) / 2  # [0,1] from here on
     strength = (next(u) < 0.8).float()
     x = (x * (1 + strength * 0.4 * (2 * next(u) - 1))).clamp(0, 1)
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (mean + (x - mean) * (1 + strength * 0.4 * (2 * next(u) - 1))).clamp(0, 1)
-    saturation = 1 + strength * max(0.2, color) * (2 * next(u) - 1)
+    saturation = 1 + strength * 0.2 * (2 * next(u) - 1)
     saturation = torch.where(next(u) < 0.2, zero, saturation)
-    grey = 0.299 * x[:, :1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:]
+    grey = (x * luma).sum(1, keepdim=True)
     chroma = (x - grey) * saturation
-    # the hue turns around the grey axis (1,1,1), by at most `color` times half a turn
-    angle = strength * math.pi * color * (2 * next(u) - 1)
+    # the hue turns around the grey axis (1,1,1), by at most a tenth of half a turn
+    angle = strength * 0.1 * math.pi * (2 * next(u) - 1)
     mean = chroma.mean(1, keepdim=True)
     across = (chroma.roll(1, 1) - chroma.roll(2, 1)) / math.sqrt(3)
     x = grey + mean + (chroma - mean) * angle.cos() + across * angle.sin()
     x = x.clamp(0, 1)
-    x = torch.where(next(u) < color / 2, 1 - x, x)  # a negative
     # blur (p = 0.5): sigma 0.1 to 2 pixels at 224; a small image counts as one of 96 pixels
     unit = max(H, W, 96) / 224
     blurred = next(u) < 0.5
@@ -1329,8 +1339,10 @@ class Metrics:
         return asked > 0
 
 def plot_rows(rows, path, panels, x="step"):
-    """Draw a list of dicts as small line charts over its key `x`, one for each of `panels`."""
+    """Draw a list of dicts as small line charts over its key `x`, one for each of `panels` that
+    any row has."""
     w, h, columns = 300, 170, 3
+    panels = [name for name in panels if any(name in row for row in rows)]
     sheet = Image.new("RGB", (w * columns, h * math.ceil(len(panels) / columns)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, name in enumerate(panels):

@@ -975,11 +975,11 @@ def fit(config, argv, kind, size, make_model, **record):
     classes = train_set.num_classes
     if classes < 2:
         raise UserError(f"--data {config.data} has no classes to tell apart: pass class folders")
-    passes = config.epochs * len(train_set) // config.batch_size
-    config.max_steps = config.max_steps or max(1, passes)
+    steps = config.epochs * len(train_set) // config.batch_size
+    config.max_steps = config.max_steps or max(1, steps)
     config.warmup = min(config.warmup, config.max_steps // 10)
     run = start_run(config)
-    micro_batch(config, run)  # UserError on a batch that does not divide
+    micro = micro_batch(config, run)
     state = open_out(config, run, kind)
     torch.manual_seed(config.seed)
     raw_model = make_model(classes).to(run.device)
@@ -1002,7 +1002,8 @@ def fit(config, argv, kind, size, make_model, **record):
         # N steps make N + 1 passes. Step 0 counts: a broken evaluation shows at once
         last = step >= config.max_steps
         if last or stopping or step % config.eval_every == 0:
-            val_accuracy = accuracy(ema, images_of(val_set, config.num, config, run), run)
+            small = dataclasses.replace(config, batch_size=micro)
+            val_accuracy = accuracy(ema, images_of(val_set, config.num, small, run), run)
             metrics.scores(step, dict(val_accuracy=val_accuracy))
         if run.main and (last or stopping or step % config.save_every == 0):
             save_checkpoint(f"{config.out}/ckpt.pt", kind, step=step, skipped=int(skipped),

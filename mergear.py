@@ -134,9 +134,12 @@ MODELS = presets(GPTFlags, ("tiny", "b", "l", "xl"))
 # MergeAR: what a position may see (paper Eq. 12 and Figure 6).
 
 def mergear_mask(groups, window, keep=None):
-    """(B,L) source or codes -> (B,L,L) bool: may position i (axis 1) attend to j (axis 2)?"""
-    # yes if j is i, one of the `window` positions before i, or the first position of its group.
-    # groups after the first `keep` have no first: a compact cache has no place for them
+    """(B,L) source or codes -> (B,L,L) bool: may the row that is fed x_i (axis 1), and predicts
+    x_{i+1}, attend to the row that is fed x_j (axis 2)?
+
+    Yes if j is i, one of the `window` positions before i, or the first position of its group.
+    Groups after the first `keep` have no first: a compact cache has no place for them.
+    """
     same = groups[:, :, None] == groups[:, None]  # (B,L,L)
     first = ~same.tril(-1).any(2)  # (B,L)
     if keep is not None:
@@ -304,7 +307,8 @@ class GPT(nn.Module):
         T = x.shape[1]
         if mask is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
-            inner = F.pad(mask[:, :-1, :-1], (P, 0, P, 0), value=True)  # prefix: always seen
+            # x_{L-1} is not fed, the prefix is always seen
+            inner = F.pad(mask[:, :-1, :-1], (P, 0, P, 0), value=True)
             mask = (causal & inner)[:, None]  # (B,1,T,T)
         attend = functools.partial(F.scaled_dot_product_attention, attn_mask=mask,
                                    is_causal=mask is None)
@@ -412,8 +416,9 @@ class DenseCache:
         self.nbytes = sum(x.nbytes for x in self.keys + self.values)
 
     def limit(self, rows):
-        """Attend to the first `rows` sequence rows, or some more -> how many."""
-        self.visible = min(-(-rows // 64) * 64, self.rows)  # few lengths: few kernels to build
+        """From now on attend to the first `rows` rows, rounded up to a multiple of 64 -> how many:
+        so far, steps are of one shape and a CUDA graph can replay them."""
+        self.visible = min(-(-rows // 64) * 64, self.rows)
         return self.visible
 
     def begin(self, t, codes=None, n=1, alone=0):
@@ -439,7 +444,7 @@ class DenseCache:
 class CompactCache(DenseCache):
     """Mergear mode: 3 + K + window rows per sequence, whatever L is (Figure 6).
 
-        window + 1 rows   a ring: the repeat of sequence row t is in slot t % (window + 1)
+        window + 1 rows   a ring: if sequence row t is a repeat, it is in slot t % (window + 1)
         2 + K rows        class, instruction, first positions in order of appearance, for ever
 
     A code is a repeat if the permanent rows already hold it, or if they are full. So a
@@ -462,7 +467,7 @@ class CompactCache(DenseCache):
         return self.forever
 
     def begin(self, t, codes=None):
-        """The token of sequence row t (1,): codes (R,), None for the prefix."""
+        """Find a place for sequence row t (1,), which is fed codes (R,), or None: the prefix."""
         if codes is None:
             codes = (-2 - t).expand_as(self.count)  # equals no other: stays for ever
         known = (self.code[:, self.ring:] == codes[:, None]).any(1)  # (R,)
@@ -488,7 +493,8 @@ def guide(logits, cfg):
 
 def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Inverse transform sampling: logits (B,V), u (B,) uniform in [0,1) -> (B,). top_k > 0 keeps
-    the k most likely, top_p < 1 the fewest of that much probability. temperature 0: argmax."""
+    the k most likely, top_p < 1 the smallest set of at least that probability. temperature 0:
+    argmax."""
     if temperature < 1e-3:  # below this the logits overflow
         return logits.argmax(-1)
     logits = logits.float() / temperature
@@ -585,21 +591,21 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
     copies = len(labels) // len(noise)
     cache = gpt.new_cache(len(labels), keep)
     rope = rope_table(gpt.config, labels.device)
-    x, turn = gpt.embed_prefix(labels, keep), rope[:, None, :P]  # (R,P,D), (2,1,P,D/h)
-    turn = turn.expand(-1, len(labels), -1, -1)
+    x, x_rope = gpt.embed_prefix(labels, keep), rope[:, None, :P]  # (R,P,D), (2,1,P,D/h)
+    x_rope = x_rope.expand(-1, len(labels), -1, -1)
     drawn = labels.new_zeros(len(noise), 1)  # (B,n)
     bias = torch.zeros(len(noise), L, device=labels.device)  # -inf: a position that is drawn
     codes, first, t, known = [], [], 0, 0
     for s, n in enumerate(counts):
         # feed the pairs drawn last, then the instructions of this step. These see the pairs, but
         # not each other. The next call overwrites their rows of the cache by whole pairs
-        rows = drawn.repeat(copies, 1)  # (R,n)
-        asked, asked_turn = gpt.position_instruction(rows), rope[:, P + rows]
+        at = drawn.repeat(copies, 1)  # (R,n)
+        asked, asked_rope = gpt.position_instruction(at), rope[:, P + at]
         cache.limit(t + x.shape[1] + n)
         cache.begin(t, n=x.shape[1] + n, alone=n)
         t += x.shape[1]
         h = torch.cat([x, asked], dim=1)
-        h = gpt.run_blocks(h, torch.cat([turn, asked_turn], dim=2)[:, :, None], cache)[:, -n:]
+        h = gpt.run_blocks(h, torch.cat([x_rope, asked_rope], dim=2)[:, :, None], cache)[:, -n:]
         picked = pick_codes(gpt, h, noise[:, known:known + n], scales[s], filters)  # (B,n)
         codes.append(picked)
         first.append(drawn)
@@ -607,9 +613,11 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         if known == keep:
             return torch.cat(codes, dim=1), torch.cat(first, dim=1)
         x = torch.stack([asked, gpt.embed_codes(picked.repeat(copies, 1))], dim=2).flatten(1, 2)
-        turn = asked_turn.repeat_interleave(2, dim=2)  # (2,R,2n,D/h)
+        x_rope = asked_rope.repeat_interleave(2, dim=2)  # (2,R,2n,D/h)
         # the n largest of logits + Gumbel noise are n draws without replacement (1903.06059)
         bias.scatter_(1, drawn, -math.inf)
+        # asked at the last instruction. It knows neither the codes just drawn nor the other
+        # positions of this step: `bias` forbids to draw them again
         logits = gpt.position_head(h[:, -1]).float()  # (R,L)
         # in raster order small errors of the guided positions would add up
         scale = scales[s + 1] if gpt.config.order == "random" else 1.0
@@ -816,8 +824,8 @@ def main(argv=None):
     flags.data = flags.data or t.data
     train_set = build_dataset(flags.data, "train", t.size, True, flags.seed, flags.labels)
     val_set = build_dataset(flags.data, "val", t.size, False, labels=flags.labels)
-    passes = flags.epochs * len(train_set) // flags.batch_size
-    flags.max_steps = flags.max_steps or max(1, passes)
+    steps = flags.epochs * len(train_set) // flags.batch_size
+    flags.max_steps = flags.max_steps or max(1, steps)
     config = GPTConfig(**vars(flags), bits=t.bits, length=t.length, keep=t.keep,
                        keeps=tuple(keep_distribution(t)[0]), num_classes=train_set.num_classes,
                        class_names=tuple(train_set.class_names))

@@ -93,7 +93,7 @@ class TokenizerConfig(RunConfig):
     w_commit: float = arg(  0.25,   0.25, 0.25, 0.25, help="commitment loss", low=0)
     w_entropy: float = arg( 0.015,  0.1,  0.1,  0.1, help="LFQ entropy loss", low=0)
     w_recovery: float = arg(0.01,   0.5,  0.5,  1.0, help="source recovery", low=0)
-    w_align: float = arg(   0.3,    0.1,  1.0,  1.0, help="global alignment", low=0)
+    w_align: float = arg(   0.03,   0.1,  1.0,  1.0, help="global alignment", low=0)
     w_disc: float = arg(    0.1,    0.8,  0.8,  0.8, help="adversarial loss", low=0)
     w_lecam: float = arg(   0.01,   0.01, 0.01, 0.01, help="LeCam regularisation", low=0)
     # adversary, perceptual loss, teacher
@@ -108,14 +108,14 @@ class TokenizerConfig(RunConfig):
     align: str = arg("ema", help="teacher of the class token: ema (its own average), label, "
                      "dinov2 or none", choices=("ema", "label", "dinov2", "none"))
     align_dim: int = arg(256, help="alignment head's outputs", low=2)
-    view_color: float = arg(1.0,    0.1,  0.1,  0.1, help="change of hue between views; 1: any",
-                            low=0, high=1)
+    views: str = arg(       "grey", *["color"] * 3, help="what --align compares: grey views, "
+                            "for drawings, or color", choices=("grey", "color"))
     teacher_weights: str = arg("", help="path of dinov2_vitb14_pretrain.pth, or download")
     init: str = arg("random", help="encoder transformer: random, or dinov2 (weight selection)",
                     choices=("random", "dinov2"))
     # optimisation
-    batch_size: int = arg(  8,      256,  256,  256)
-    max_steps: int = arg(   2500,   0,    0,    0)
+    batch_size: int = arg(  16,     256,  256,  256)
+    max_steps: int = arg(   1500,   0,    0,    0)
     epochs: int = arg(      1,      270,  270,  300)
     lr: float = arg(        2e-3,   1e-4, 1e-4, 1e-4)
     lr_schedule: str = arg( "cosine", "step", "step", "cosine")
@@ -123,7 +123,7 @@ class TokenizerConfig(RunConfig):
     beta1: float = arg(     0.9,    0.5,  0.5,  0.5, help="AdamW beta 1", low=0, high=0.9999)
     beta2: float = arg(     0.95,   0.9,  0.9,  0.9, help="AdamW beta 2", low=0, high=0.99999)
     clip: float = arg(      5.0)
-    eval_every: int = arg(  1250,   5000, 5000, 5000)
+    eval_every: int = arg(  750,    5000, 5000, 5000)
     save_every: int = arg(  500,    5000, 5000, 5000)
     grad_ckpt: bool = arg(False, help="recompute activations in the backward pass: less memory")
 
@@ -160,8 +160,8 @@ def merge_schedule(full, keep, depth):
         schedule.append(r)
         merged += r
     if not 1 <= keep <= full or merged != full - keep:
-        raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}: pass --keep from "
-                        f"{math.ceil(full / 2 ** depth)} to {full}")
+        raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}: each at most "
+                        f"halves them. Pass a larger --keep, up to {full}, or --depth")
     return schedule
 
 @torch.no_grad()
@@ -183,7 +183,7 @@ def match_tokens(metric, r, protected=1):
         similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)        # (B,even,odd)
     similarity[:, :even_protected] = -math.inf
     similarity[:, :, :odd_protected] = -math.inf
-    score, partner = similarity.max(dim=-1)                                  # (B,Na)
+    score, partner = similarity.max(dim=-1)                                  # (B,even)
     merging = score.argsort(dim=1, descending=True, stable=True)[:, :r]      # (B,r)
     remains = torch.ones(B, N, dtype=torch.bool, device=metric.device)
     remains.scatter_(1, 2 * merging, False)
@@ -221,7 +221,7 @@ def canonical_source(source, keep=None):
     """Relabel (B,L) source so that tokens are numbered by the raster order of their first
     positions. The K codes then have a fixed order; with K = L, source is 0, 1, ..., L-1."""
     first = first_position_of_token(source, keep)                            # (B,K)
-    new_label = first.argsort(dim=1).argsort(dim=1)                          # (B,K)
+    new_label = first.argsort(dim=1).argsort(dim=1)  # argsort twice: the rank  (B,K)
     return new_label.gather(1, source)
 
 def unmerge(x, source):
@@ -483,11 +483,12 @@ class Encoder(nn.Module):
             if new_index is not None:  # the map so far, then this block's
                 source = new_index.gather(1, source)
         source, x = source - 1, self.norm(x)                                 # (B,1+K,D)
-        ordered = canonical_source(source, keep)
+        # put the tokens in the order of their new labels
+        new_source = canonical_source(source, keep)
         old_label = torch.zeros(B, keep, dtype=torch.long, device=x.device)
-        old_label.scatter_(1, ordered, source)
+        old_label.scatter_(1, new_source, source)  # of each new label
         tokens = unmerge(x[:, 1:], old_label)                                # (B,K,D)
-        return self.to_bits(tokens), ordered, x[:, 0], tokens
+        return self.to_bits(tokens), new_source, x[:, 0], tokens
 
 class AdaptiveNorm(nn.Module):
     """GroupNorm whose scale is computed from the per-image std of the code map, its shift from
@@ -710,8 +711,8 @@ class MergeVQ(nn.Module):
         return self.recovery(codes_to_bits(codes, self.config.bits), first).argmax(-1)
 
     def align(self, images, keep):
-        """What --align ema compares of two views (B,3,H,W): outputs (B,C) for the class token plus
-        the mean of the merged tokens, so that both learn what the image shows."""
+        """The outputs (B,C) that --align ema compares between two views (B,3,H,W): those for the
+        class token plus the mean of the merged tokens, so that both learn what the image shows."""
         _, _, cls, tokens = self.encoder(images, keep)
         return self.align_head(cls + tokens.mean(1)).float()
 
@@ -816,7 +817,7 @@ def lecam_loss(real, fake, average):
 def adaptive_weight(images, pixel_grad, gan_grad, last_layer):
     """VQGAN's balance (2012.09841 Eq. 7): |gradient of the pixel losses| / |gradient of the
     adversarial loss| at the decoder's last layer, over all ranks. images: the decoder's output;
-    pixel_grad, gan_grad: the gradients of the two losses by it, all (B,3,H,W)."""
+    pixel_grad, gan_grad: the gradients of the two losses with respect to it, all (B,3,H,W)."""
     pixel, gan = (torch.autograd.grad(images, last_layer, grad, retain_graph=True)[0]
                   for grad in (pixel_grad, gan_grad))
     pixel, gan = mean_over_ranks(torch.stack([pixel, gan]))
@@ -828,7 +829,7 @@ def align_loss(kind, student, teacher, labels, rank=0):
 
     ema: student and teacher see two views of each image. Among the teacher's outputs for all
     images, the student's has to be nearest to that for the same image (as in MoCo v3, 2104.02057,
-    one way and without its predictor). One image alone has nothing to be told from.
+    one way and without its predictor). The more images, the better; one alone teaches nothing.
     dinov2: T^2 KL at T = 4 as in the authors' release. It is Eq. 10 less the teacher's entropy,
     which has no gradient.
     """
@@ -844,15 +845,14 @@ def align_loss(kind, student, teacher, labels, rank=0):
     return F.cross_entropy(student @ teacher.T / 0.1, own)                   # (b,B) logits
 
 def keep_distribution(config):
-    """Values of K in training and their probabilities (A.3, Eq. 15-16): (list, (n,) array)."""
+    """Values of K in training and their probabilities: (list, (n,) array). i counts the values
+    from the target, which is 0. exponential (A.3, Eq. 15): p ~ 2 exp(-2 |i|) + 0.1; gaussian
+    (Eq. 16): p ~ exp(-i^2 / (2 s^2)) + 0.05 with s = 0.5."""
     candidates = sorted({*config.keeps, config.keep})
-    i = np.arange(len(candidates)) - candidates.index(config.keep)  # 0 at the target
-    if config.keep_sampling == "fixed":
-        p = (i == 0).astype(float)
-    elif config.keep_sampling == "gaussian":
-        p = np.exp(-i ** 2 / (2 * 0.5 ** 2)) + 0.05
-    else:
-        p = 2 * np.exp(-2.0 * abs(i)) + 0.1
+    i = np.arange(len(candidates)) - candidates.index(config.keep)
+    p = dict(fixed=(i == 0) * 1.0,
+             exponential=2 * np.exp(-2.0 * abs(i)) + 0.1,
+             gaussian=np.exp(-i ** 2 / (2 * 0.5 ** 2)) + 0.05)[config.keep_sampling]
     return candidates, p / p.sum()
 
 def sample_keep(config, step):
@@ -926,12 +926,12 @@ CURVES = ("rec", "perceptual", "gan", "commit", "entropy", "recovery", "align", 
 
 @torch.no_grad()
 def teacher_outputs(config, run, ema, dinov2, images, keep, draws):
-    """images (b,3,H,W), draws (b,2,18) uniform -> the student's own view of the images; the
+    """images (b,3,H,W), draws (b,2,14) uniform -> the student's own view of the images; the
     teacher's outputs for another one, with ema of all ranks (B,C). None: --align needs none."""
     if config.align == "dinov2":  # as in the release, the student sees the training crop
-        return None, dinov2(augment(images, draws[:, 0], config.view_color)).float()
+        return None, dinov2(augment(images, draws[:, 0], config.views)).float()
     if config.align == "ema":
-        other, view = (augment(images, u, config.view_color) for u in draws.unbind(1))
+        other, view = (augment(images, u, config.views) for u in draws.unbind(1))
         outputs = ema.align(other, keep)
         if run.world > 1:  # this does not wait for the device
             parts = [torch.empty_like(outputs) for _ in range(run.world)]
@@ -947,10 +947,12 @@ def main(argv=None):
     if config.align == "label" and train_set.num_classes < 2:
         raise UserError(f"--align label needs class folders, but --data {config.data} has "
                         f"{train_set.num_classes} classes: pass --align ema")
-    config.align_dim = dict(label=train_set.num_classes, dinov2=DINOV2["width"]).get(
-        config.align, config.align_dim)
-    passes = config.epochs * len(train_set) // config.batch_size
-    config.max_steps = config.max_steps or max(1, passes)
+    if config.align == "label":  # two teachers decide how many outputs there are
+        config.align_dim = train_set.num_classes
+    elif config.align == "dinov2":
+        config.align_dim = DINOV2["width"]
+    steps = config.epochs * len(train_set) // config.batch_size
+    config.max_steps = config.max_steps or max(1, steps)
     run = start_run(config)
     micro = micro_batch(config, run)
 
@@ -995,10 +997,9 @@ def main(argv=None):
         print(f"perceptual loss {config.perceptual}, teacher {config.align}, initial weights "
               f"{config.init} (the paper: lpips, dinov2, dinov2)")
 
-    # a new loss needs its name here, a field w_NAME in the config, and a line in `losses`.
-    # The first two look at the decoded images
-    terms = ("rec", "perceptual", "commit", "entropy", "recovery", "align")
-    weights = {name: getattr(config, f"w_{name}") for name in terms}
+    def weighted(losses):
+        return sum(getattr(config, f"w_{name}") * loss for name, loss in losses.items())
+
     stream = batches(train_set, config, run, step)
     metrics = Metrics(config, run, step, CURVES)
     stop, stopping = catch_signals(), False
@@ -1006,7 +1007,7 @@ def main(argv=None):
         # The body runs max_steps + 1 times: the last time it only evaluates and saves. Step 0 is
         # evaluated too, so a broken evaluation shows at once
         last = step >= config.max_steps
-        if last or step % config.eval_every == 0 and not stopping:
+        if last or (step % config.eval_every == 0 and not stopping):
             metrics.scores(step, evaluate(ema, val_set, config, run))
             if run.main:
                 path = f"{config.out}/recon_{step:07d}.png"
@@ -1038,26 +1039,27 @@ def main(argv=None):
             sync = micro_step == config.accum - 1
             model.require_backward_grad_sync = disc.require_backward_grad_sync = sync
 
-            # image -> K tokens -> bits -> image. BitNorm, entropy and ema alignment see the images
-            # of this micro-batch on all ranks
+            # image -> K tokens -> bits -> image. BitNorm, entropy, ema alignment and the adaptive
+            # weight see the images of this micro-batch on all ranks
             with run.autocast():
                 view, teacher = teacher_outputs(config, run, ema, dinov2, images, keep, rows)
                 out = model(images, keep, view)
             entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
+            # the losses of the images stop at this leaf. There their gradients can be compared
+            # with the adversarial one, and their sum goes on in a single backward pass
             decoded = out.images.detach().requires_grad_()
-            losses = dict(
+            # a new loss needs a line here and a field w_NAME in the config
+            image_losses = dict(
                 rec=F.mse_loss(decoded, images),
-                perceptual=perceptual(decoded, images).mean(),
+                perceptual=perceptual(decoded, images).mean())
+            token_losses = dict(
                 commit=F.mse_loss(out.z, out.z.detach().sign()),
                 entropy=entropy,
                 recovery=F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten()),
                 align=align_loss(config.align, out.align, teacher, labels, run.rank))
-            pixel = weights["rec"] * losses["rec"] + weights["perceptual"] * losses["perceptual"]
-            other = sum(weights[name] * losses[name] for name in terms[2:])
-
-            # gradients by the decoded images; the adversarial one through a frozen discriminator
-            gradient, = torch.autograd.grad(pixel, decoded)
-            if gan_on:
+            losses = {**image_losses, **token_losses}
+            gradient, = torch.autograd.grad(weighted(image_losses), decoded)
+            if gan_on:  # through a frozen discriminator
                 discriminator.requires_grad_(False)
                 with run.autocast():
                     losses["gan"] = -discriminator(decoded).mean()
@@ -1066,8 +1068,7 @@ def main(argv=None):
                 balance = adaptive_weight(out.images, gradient, gan_gradient,
                                           raw_model.decoder.conv_out.weight)
                 gradient = gradient + w_gan * balance * gan_gradient
-            # one backward pass through the tokenizer
-            torch.autograd.backward((other / config.accum, out.images),
+            torch.autograd.backward((weighted(token_losses) / config.accum, out.images),
                                     (None, gradient / config.accum))
 
             # the discriminator's turn, on reconstructions without a graph

@@ -581,18 +581,36 @@ def test_shapes_can_be_seen(name, monkeypatch):
         assert 10 <= max(seen.any(1).sum(), seen.any(0).sum()) <= 29
         assert np.median(np.abs(change[seen] @ [0.299, 0.587, 0.114])) > 0.25 * 255
 
-def test_augment():
+@pytest.mark.parametrize("view", ["color", "grey"])
+def test_augment(view):
     """Statistics shared over the batch; a change where none is drawn."""
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1
     draws = torch.rand(8, data.AUGMENT_DRAWS, generator=generator)
-    views = data.augment(images, draws)
-    assert views.shape == images.shape and -1 <= views.min() and views.max() <= 1
-    alone = torch.cat([data.augment(images[i:i + 1], draws[i:i + 1]) for i in range(8)])
-    assert torch.allclose(views, alone, atol=1e-5)
+    views = data.augment(images, draws, view)
+    assert views.shape == images.shape
+    alone = [data.augment(images[i:i + 1], draws[i:i + 1], view) for i in range(8)]
+    assert torch.allclose(views, torch.cat(alone), atol=1e-5)
     draws = torch.full((8, data.AUGMENT_DRAWS), 0.999999)  # whole area, every coin says no
     draws[:, 1] = 0.5  # square
-    assert torch.allclose(data.augment(images, draws), images, atol=1e-3)
+    same = data.augment(images, draws, view)
+    if view == "color":
+        assert -1 <= views.min() and views.max() <= 1
+        assert torch.allclose(same, images, atol=1e-3)
+
+def test_grey_views_know_no_color():
+    """Colour, brightness, contrast or the sign left in grey views."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1
+    draws = torch.rand(8, data.AUGMENT_DRAWS, generator=generator)
+    views = data.augment(images, draws, "grey")
+    no_luma = torch.tensor([114.0, 0, -299]).view(3, 1, 1)
+    chroma = torch.rand(8, 1, 32, 32, generator=generator) * no_luma
+    other = data.augment(10 * images + chroma + 7, draws, "grey")
+    assert torch.allclose(views.std((1, 2, 3)), torch.ones(8), atol=0.2)
+    assert torch.nn.functional.cosine_similarity(views.flatten(1), other.flatten(1)).min() > 0.9999
+    draws[:, 5] = 1 - draws[:, 5]  # the coin of the sign
+    assert torch.allclose(data.augment(images, draws, "grey"), -views, atol=1e-5)
 
 def test_image_grid(tmp_path):
     """Pictures too small to see, rows out of order, a half-written file."""
