@@ -858,7 +858,7 @@ def augment(images, draws, view="color"):
     [0,1) -> (B,3,H,W). Row i depends on row i of both alone.
 
     color: crop, colour jitter, blur, solarisation as in DINO (arXiv 2104.14294). grey: crop, then
-    no colour at all, one contrast, and light and dark exchanged in half of the cases. Flat
+    no colour at all, mean 0, one contrast, and light and dark exchanged in half of the cases. Flat
     drawings differ most in colour: jittered, it still tells more than their shape.
     """
     B, _, H, W = images.shape
@@ -1189,7 +1189,7 @@ def restore_signals(interrupt=signal.default_int_handler, terminate=signal.SIG_D
 
 # The output folder and what is in it
 
-CHECKPOINT_VERSION = 5
+CHECKPOINT_VERSION = 6
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
 def open_out(config, run, kind, fixed=()):
@@ -1342,7 +1342,7 @@ def plot_rows(rows, path, panels, x="step"):
     """Draw a list of dicts as small line charts over its key `x`, one for each of `panels` that
     any row has."""
     w, h, columns = 300, 170, 3
-    panels = [name for name in panels if any(name in row for row in rows)]
+    panels = [name for name in panels if any(name in row for row in rows)] or panels
     sheet = Image.new("RGB", (w * columns, h * math.ceil(len(panels) / columns)), "white")
     draw = ImageDraw.Draw(sheet)
     for n, name in enumerate(panels):

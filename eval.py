@@ -1002,8 +1002,8 @@ def fit(config, argv, kind, size, make_model, **record):
         # N steps make N + 1 passes. Step 0 counts: a broken evaluation shows at once
         last = step >= config.max_steps
         if last or stopping or step % config.eval_every == 0:
-            small = dataclasses.replace(config, batch_size=micro)
-            val_accuracy = accuracy(ema, images_of(val_set, config.num, small, run), run)
+            per_rank = dataclasses.replace(config, batch_size=micro)
+            val_accuracy = accuracy(ema, images_of(val_set, config.num, per_rank, run), run)
             metrics.scores(step, dict(val_accuracy=val_accuracy))
         if run.main and (last or stopping or step % config.save_every == 0):
             save_checkpoint(f"{config.out}/ckpt.pt", kind, step=step, skipped=int(skipped),

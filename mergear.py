@@ -417,7 +417,7 @@ class DenseCache:
 
     def limit(self, rows):
         """From now on attend to the first `rows` rows, rounded up to a multiple of 64 -> how many:
-        so far, steps are of one shape and a CUDA graph can replay them."""
+        up to there all steps have one shape, and a CUDA graph can replay them."""
         self.visible = min(-(-rows // 64) * 64, self.rows)
         return self.visible
 
@@ -867,7 +867,7 @@ def main(argv=None):
     while True:
         # The body runs max_steps + 1 times: the last time it only evaluates and saves
         last = step >= config.max_steps
-        if last or step % config.eval_every == 0 and not stopping:
+        if last or (step % config.eval_every == 0 and not stopping):
             metrics.scores(step, evaluate(ema, val_codes, config, run))
             if run.main:
                 draw_samples(ema, tokenizer, config, f"{config.out}/samples_{step:07d}.png")

@@ -99,8 +99,8 @@ def main(argv=None):
     config.data = config.data or g.data
     train_set = build_dataset(config.data, "train", t.size, True, g.seed, g.labels)
     val_set = build_dataset(config.data, "val", t.size, False, labels=g.labels)
-    passes = config.epochs * len(train_set) // config.batch_size
-    config.max_steps = config.max_steps or max(1, passes)
+    steps = config.epochs * len(train_set) // config.batch_size
+    config.max_steps = config.max_steps or max(1, steps)
     run = start_run(config)
     micro = micro_batch(config, run)
     state = open_out(config, run, "generator")
@@ -130,7 +130,7 @@ def main(argv=None):
     while True:
         # N steps make N + 1 passes. Step 0 counts: it is the tokenizer's own recovery
         last = step >= config.max_steps
-        if last or step % config.eval_every == 0 and not stopping:
+        if last or (step % config.eval_every == 0 and not stopping):
             scores = evaluate(tokenizer, before, val_set, config, run)
             accuracy, quality = scores["after"]
             metrics.scores(step, dict(val_accuracy=accuracy, val_psnr=quality))

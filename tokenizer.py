@@ -2,7 +2,7 @@
 remembers where they came from.
 
     python tokenizer.py                                          # tiny, embedded `shapes`, a CPU
-    python tokenizer.py --data path/to/folder --max-steps 5000   # tiny, your images
+    python tokenizer.py --data path/to/folder --views color      # tiny, your images
     python tokenizer.py --variant g --batch-size 16 --grad-ckpt  # one GPU, reads data/imagenet
     torchrun --nproc_per_node=8 tokenizer.py --variant g         # eight GPUs
     python tokenizer.py --resume                                 # continue the run in --out
@@ -108,7 +108,7 @@ class TokenizerConfig(RunConfig):
     align: str = arg("ema", help="teacher of the class token: ema (its own average), label, "
                      "dinov2 or none", choices=("ema", "label", "dinov2", "none"))
     align_dim: int = arg(256, help="alignment head's outputs", low=2)
-    views: str = arg(       "grey", *["color"] * 3, help="what --align compares: grey views, "
+    views: str = arg(       "grey", *["color"] * 3, help="what --align ema compares: grey views, "
                             "for drawings, or color", choices=("grey", "color"))
     teacher_weights: str = arg("", help="path of dinov2_vitb14_pretrain.pth, or download")
     init: str = arg("random", help="encoder transformer: random, or dinov2 (weight selection)",
@@ -160,8 +160,8 @@ def merge_schedule(full, keep, depth):
         schedule.append(r)
         merged += r
     if not 1 <= keep <= full or merged != full - keep:
-        raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}: each at most "
-                        f"halves them. Pass a larger --keep, up to {full}, or --depth")
+        raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}, as each at most "
+                        f"halves them: pass a --keep that is larger, but at most {full}")
     return schedule
 
 @torch.no_grad()
@@ -929,10 +929,13 @@ def teacher_outputs(config, run, ema, dinov2, images, keep, draws):
     """images (b,3,H,W), draws (b,2,14) uniform -> the student's own view of the images; the
     teacher's outputs for another one, with ema of all ranks (B,C). None: --align needs none."""
     if config.align == "dinov2":  # as in the release, the student sees the training crop
-        return None, dinov2(augment(images, draws[:, 0], config.views)).float()
+        other = augment(images, draws[:, 0])
+        with run.autocast():
+            return None, dinov2(other).float()
     if config.align == "ema":
         other, view = (augment(images, u, config.views) for u in draws.unbind(1))
-        outputs = ema.align(other, keep)
+        with run.autocast():
+            outputs = ema.align(other, keep)
         if run.world > 1:  # this does not wait for the device
             parts = [torch.empty_like(outputs) for _ in range(run.world)]
             dist.all_gather(parts, outputs.contiguous())
@@ -1041,14 +1044,15 @@ def main(argv=None):
 
             # image -> K tokens -> bits -> image. BitNorm, entropy, ema alignment and the adaptive
             # weight see the images of this micro-batch on all ranks
+            view, teacher = teacher_outputs(config, run, ema, dinov2, images, keep, rows)
             with run.autocast():
-                view, teacher = teacher_outputs(config, run, ema, dinov2, images, keep, rows)
                 out = model(images, keep, view)
             entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
-            # the losses of the images stop at this leaf. There their gradients can be compared
-            # with the adversarial one, and their sum goes on in a single backward pass
+            # the image losses stop at this leaf: the adversarial gradient is balanced against
+            # theirs, and the sum enters the one backward pass
             decoded = out.images.detach().requires_grad_()
-            # a new loss needs a line here and a field w_NAME in the config
+            # a new loss needs a line in one of these, a field w_NAME and its name in CURVES.
+            # image_losses look at `decoded`, token_losses at the rest of `out`
             image_losses = dict(
                 rec=F.mse_loss(decoded, images),
                 perceptual=perceptual(decoded, images).mean())

@@ -591,12 +591,24 @@ def test_augment(view):
     assert views.shape == images.shape
     alone = [data.augment(images[i:i + 1], draws[i:i + 1], view) for i in range(8)]
     assert torch.allclose(views, torch.cat(alone), atol=1e-5)
+    used = []
+    for i in range(data.AUGMENT_DRAWS):  # over the batch, each draw changes something
+        other = draws.clone()
+        other[:, i] = (other[:, i] + 0.5) % 1
+        used.append(not torch.equal(views, data.augment(images, other, view)))
+    assert used == [True] * sum(used) + [False] * (len(used) - sum(used))
+    assert sum(used) == dict(color=data.AUGMENT_DRAWS, grey=6)[view]
     draws = torch.full((8, data.AUGMENT_DRAWS), 0.999999)  # whole area, every coin says no
     draws[:, 1] = 0.5  # square
-    same = data.augment(images, draws, view)
-    if view == "color":
+    wanted = images
+    if view == "grey":
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+        wanted = (images * luma).sum(1, keepdim=True)
+        deviation, mean = torch.std_mean(wanted, (1, 2, 3), keepdim=True)
+        wanted = ((wanted - mean) / (deviation + 0.05)).expand(-1, 3, -1, -1)
+    else:
         assert -1 <= views.min() and views.max() <= 1
-        assert torch.allclose(same, images, atol=1e-3)
+    assert torch.allclose(data.augment(images, draws, view), wanted, atol=2e-3)
 
 def test_grey_views_know_no_color():
     """Colour, brightness, contrast or the sign left in grey views."""

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -316,7 +317,7 @@ def test_schedule(variant):
 def test_schedule_refuses_the_impossible():
     """A keep that halving cannot reach ends as a shape error far away."""
     for full, keep, depth in ((64, 65, 4), (64, 0, 4), (64, 15, 2)):
-        with pytest.raises(UserError, match="--keep"):
+        with pytest.raises(UserError, match="--keep that is larger, but at most 64"):
             merge_schedule(full, keep, depth)
     assert sum(merge_schedule(64, 16, 2)) == 48
 
@@ -470,7 +471,8 @@ def test_gradient_checkpointing_changes_nothing():
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
 
-def test_step_on_a_meta_device(monkeypatch):
+@pytest.mark.parametrize("views", ["grey", "color"])
+def test_step_on_a_meta_device(monkeypatch, views):
     """A value read back from the device, or a CPU tensor mixed in: a GPU would stop or wait. No
     data exists on `meta`, so either raises."""
     monkeypatch.setattr(torch, "autocast", lambda *args, **more: contextlib.nullcontext())
@@ -478,7 +480,7 @@ def test_step_on_a_meta_device(monkeypatch):
     with meta:
         model = MergeVQ.__new__(MergeVQ)
         model.init_weights = lambda: None
-        model.__init__(small_config())
+        model.__init__(small_config(views=views))
         images = torch.empty(4, 3, 16, 16)
         labels = torch.empty(4, dtype=torch.long)
         discriminator = tokenizer.Discriminator(small_config())
@@ -543,6 +545,19 @@ def test_align_of_two_views():
     second = align_loss("ema", student[3:], teacher, None, rank=1)  # of two ranks
     torch.testing.assert_close(second, losses[3:].mean())
     assert align_loss("ema", student, student, None) < losses.mean()
+
+def test_teacher_and_student_see_two_views():
+    """One view for both, another kind of view than the flag's, draws of another image."""
+    config, images = small_config(views="grey"), random_images(4)
+    draws = torch.rand(4, 2, tokenizer.AUGMENT_DRAWS, generator=generator())
+    run = Run(0, 1, torch.device("cpu"), torch.float32)
+    ema = SimpleNamespace(align=lambda x, keep: x)
+    view, seen = tokenizer.teacher_outputs(config, run, ema, None, images, 25, draws)
+    assert torch.equal(seen, tokenizer.augment(images, draws[:, 0], "grey"))
+    assert torch.equal(view, tokenizer.augment(images, draws[:, 1], "grey"))
+    config.align = "dinov2"  # knows photographs only
+    view, seen = tokenizer.teacher_outputs(config, run, None, lambda x: x, images, 25, draws)
+    assert view is None and torch.equal(seen, tokenizer.augment(images, draws[:, 0], "color"))
 
 def test_psnr_known_value():
     """The peak of images in [-1,1] is 2: with 1, all values are 6 dB too low."""
