@@ -115,16 +115,16 @@ MODELS = presets(GPTFlags, ("tiny", "b", "l", "xl"))
 #   sub-token s    0 .. 2^sub_bits[s]-1: bits of the code; s = 0 has the low ones
 #   position       0 .. L-1 on the grid, row by row. It is also the position instruction
 #   merged token   0 .. K-1, by ascending first position: index into `first` (B,K)
-#   sequence row   t = 0 class, [1 merge instruction,] then by mode. Below a row: its prediction
+#   sequence row   t = 0 class, [1 merge instruction,] then by mode
 #
-#       raster     c   x_0 x_1 x_2 ... x_{L-2}
-#                 x_0  x_1 x_2 x_3 ... x_{L-1}
-#       mergear    c    m  x_0 x_1 x_2 ... x_{L-2}         m: merge instruction, which K
-#                      x_0 x_1 x_2 x_3 ... x_{L-1}         some earlier rows are masked
-#       randar     c    m  p_0 x_0 p_a x_a p_b x_b ... p_z  0, a, b ... z: first positions
-#                          x_0     x_a     x_b         x_z
-#                          {p}     {p}     {p}             {p}: those that remain, any order;
-#                                                          with --order raster the next one
+#       raster   fed       c   x_0 x_1 x_2 ... x_{L-2}
+#                predicts x_0  x_1 x_2 x_3 ... x_{L-1}
+#       mergear  fed       c    m  x_0 x_1 x_2 ... x_{L-2}   m: merge instruction, which K
+#                predicts      x_0 x_1 x_2 x_3 ... x_{L-1}   some earlier rows are masked
+#       randar   fed       c    m  p_0 x_0 p_a x_a ... p_z   0, a, ... z: first positions
+#                predicts          x_0     x_a     ... x_z
+#                and               {p}     {p}                {p}: those that remain, any order;
+#                                                            with --order raster the next one
 #
 #   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout,
 #                  (seed, step, rank, 5) nn.Dropout, (seed, step, 6) rows of the code cache,
