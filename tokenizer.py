@@ -152,6 +152,9 @@ def merge_schedule(full, keep, depth):
     Square decreasing (paper A.1). At most half of the tokens can merge in one block; the rest is
     carried to the next. Raises UserError when `depth` halvings cannot reach `keep`.
     """
+    if keep > full:
+        raise UserError(f"an image has {full} tokens, not {keep}: pass --keep and --keeps of at "
+                        f"most {full}")
     weights = [(depth - i) ** 2 for i in range(depth)]
     schedule, merged = [], 0
     for i in range(depth):
@@ -159,9 +162,9 @@ def merge_schedule(full, keep, depth):
         r = min(aim - merged, (full - merged) // 2)
         schedule.append(r)
         merged += r
-    if not 1 <= keep <= full or merged != full - keep:
+    if keep < 1 or merged != full - keep:
         raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}, as each at most "
-                        f"halves them: pass a --keep that is larger, but at most {full}")
+                        f"halves them: pass a larger --keep, up to {full}")
     return schedule
 
 @torch.no_grad()

@@ -316,9 +316,10 @@ def test_schedule(variant):
 
 def test_schedule_refuses_the_impossible():
     """A keep that halving cannot reach ends as a shape error far away."""
-    for full, keep, depth in ((64, 65, 4), (64, 0, 4), (64, 15, 2)):
-        with pytest.raises(UserError, match="--keep that is larger, but at most 64"):
-            merge_schedule(full, keep, depth)
+    for keep, depth, remedy in ((65, 4, "at most 64"), (0, 4, "a larger --keep"),
+                                (15, 2, "a larger --keep")):
+        with pytest.raises(UserError, match=remedy):
+            merge_schedule(64, keep, depth)
     assert sum(merge_schedule(64, 16, 2)) == 48
 
 def test_proportional_attention():
