@@ -2,7 +2,7 @@
 remembers where they came from.
 
     python tokenizer.py                                          # tiny, embedded `shapes`, a CPU
-    python tokenizer.py --data path/to/folder --views color      # tiny, your images
+    python tokenizer.py --data path/to/folder --align-views color   # tiny, your images
     python tokenizer.py --variant g --batch-size 16 --grad-ckpt  # one GPU, reads data/imagenet
     torchrun --nproc_per_node=8 tokenizer.py --variant g         # eight GPUs
     python tokenizer.py --resume                                 # continue the run in --out
@@ -108,7 +108,7 @@ class TokenizerConfig(RunConfig):
     align: str = arg("ema", help="teacher of the class token: ema (its own average), label, "
                      "dinov2 or none", choices=("ema", "label", "dinov2", "none"))
     align_dim: int = arg(256, help="alignment head's outputs", low=2)
-    views: str = arg(       "grey", *["color"] * 3, help="what --align ema compares: grey views, "
+    align_views: str = arg( "grey", *["color"] * 3, help="what --align ema compares: grey views, "
                             "for drawings, or color", choices=("grey", "color"))
     teacher_weights: str = arg("", help="path of dinov2_vitb14_pretrain.pth, or download")
     init: str = arg("random", help="encoder transformer: random, or dinov2 (weight selection)",
@@ -936,7 +936,7 @@ def teacher_outputs(config, run, ema, dinov2, images, keep, draws):
         with run.autocast():
             return None, dinov2(other).float()
     if config.align == "ema":
-        other, view = (augment(images, u, config.views) for u in draws.unbind(1))
+        other, view = (augment(images, u, config.align_views) for u in draws.unbind(1))
         with run.autocast():
             outputs = ema.align(other, keep)
         if run.world > 1:  # this does not wait for the device

@@ -481,7 +481,7 @@ def test_step_on_a_meta_device(monkeypatch, views):
     with meta:
         model = MergeVQ.__new__(MergeVQ)
         model.init_weights = lambda: None
-        model.__init__(small_config(views=views))
+        model.__init__(small_config(align_views=views))
         images = torch.empty(4, 3, 16, 16)
         labels = torch.empty(4, dtype=torch.long)
         discriminator = tokenizer.Discriminator(small_config())
@@ -549,7 +549,7 @@ def test_align_of_two_views():
 
 def test_teacher_and_student_see_two_views():
     """One view for both, another kind of view than the flag's, draws of another image."""
-    config, images = small_config(views="grey"), random_images(4)
+    config, images = small_config(align_views="grey"), random_images(4)
     draws = torch.rand(4, 2, tokenizer.AUGMENT_DRAWS, generator=generator())
     run = Run(0, 1, torch.device("cpu"), torch.float32)
     ema = SimpleNamespace(align=lambda x, keep: x)
