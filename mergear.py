@@ -237,7 +237,7 @@ class GPT(nn.Module):
         super().__init__()
         c, D = config, config.width
         assert D % (4 * c.heads) == 0, f"--width {D} is not a multiple of 4 x --heads {c.heads}"
-        assert c.bits <= 20, f"{c.bits} bits: a softmax of 2^{c.bits - 6} outputs is too large"
+        assert c.bits <= 20, f"{c.bits} bits: too many for two sub-tokens"
         self.config = config
         self.null_class = c.num_classes
         self.class_embed = nn.Embedding(c.num_classes + 1, D)
@@ -302,8 +302,9 @@ class GPT(nn.Module):
             # both rows of a pair turn with the grid position of its token
             row = F.pad(P + first.repeat_interleave(2, dim=1), (P, 0))  # (B,P+2K)
             rope = rope[:, row][:, :, None]  # (2,B,1,P+2K,D/h)
+        prefix = self.embed_prefix(labels, keep).to(x.dtype)
         # the last code is never an input
-        x = torch.cat([self.embed_prefix(labels, keep).to(x.dtype), x[:, :-1]], dim=1)  # (B,T,D)
+        x = torch.cat([prefix, x[:, :-1]], dim=1)  # (B,T,D)
         T = x.shape[1]
         if mask is not None:
             causal = torch.ones(T, T, dtype=torch.bool, device=x.device).tril()
@@ -386,7 +387,8 @@ def position_losses(logits, first, order="random"):
         return loss, loss.detach().sum(1) / math.log(2)
     count = K - 1 - turn[:-1]  # positions that remain
     loss = -logp.masked_fill(~remain, 0.0).sum(-1) / count  # (B,K-1)
-    bits = (loss - count.log()).detach() / math.log(2)  # less the log2 (K-1)! bits of the order
+    # less the log2 (K-1)! bits of the order
+    bits = (loss - count.log()).detach() / math.log(2)
     return loss, bits.sum(1)
 
 def all_losses(model, config, codes, source, labels, keep, order, dropped=None):
@@ -594,7 +596,8 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
     x, x_rope = gpt.embed_prefix(labels, keep), rope[:, None, :P]  # (R,P,D), (2,1,P,D/h)
     x_rope = x_rope.expand(-1, len(labels), -1, -1)
     drawn = labels.new_zeros(len(noise), 1)  # (B,n)
-    bias = torch.zeros(len(noise), L, device=labels.device)  # -inf: a position that is drawn
+    # -inf: a position that is drawn
+    bias = torch.zeros(len(noise), L, device=labels.device)
     codes, first, t, known = [], [], 0, 0
     for s, n in enumerate(counts):
         # feed the pairs drawn last, then the instructions of this step. These see the pairs, but
@@ -604,15 +607,18 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         cache.limit(t + x.shape[1] + n)
         cache.begin(t, n=x.shape[1] + n, alone=n)
         t += x.shape[1]
-        h = torch.cat([x, asked], dim=1)
-        h = gpt.run_blocks(h, torch.cat([x_rope, asked_rope], dim=2)[:, :, None], cache)[:, -n:]
-        picked = pick_codes(gpt, h, noise[:, known:known + n], scales[s], filters)  # (B,n)
+        rows = torch.cat([x, asked], dim=1)
+        rows_rope = torch.cat([x_rope, asked_rope], dim=2)[:, :, None]
+        h = gpt.run_blocks(rows, rows_rope, cache)[:, -n:]  # (R,n,D)
+        u = noise[:, known:known + n]
+        picked = pick_codes(gpt, h, u, scales[s], filters)  # (B,n)
         codes.append(picked)
         first.append(drawn)
         known += n
         if known == keep:
             return torch.cat(codes, dim=1), torch.cat(first, dim=1)
-        x = torch.stack([asked, gpt.embed_codes(picked.repeat(copies, 1))], dim=2).flatten(1, 2)
+        answer = gpt.embed_codes(picked.repeat(copies, 1))
+        x = torch.stack([asked, answer], dim=2).flatten(1, 2)  # (R,2n,D)
         x_rope = asked_rope.repeat_interleave(2, dim=2)  # (2,R,2n,D/h)
         # the n largest of logits + Gumbel noise are n draws without replacement (1903.06059)
         bias.scatter_(1, drawn, -math.inf)
@@ -649,16 +655,18 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
     generators = [seeded(seed, start + i) for i in range(len(labels))]
     shape = c.length, len(c.sub_bits)
     noise = [torch.rand(shape, dtype=wide, generator=g) for g in generators]
-    noise = torch.stack(noise).to(device, non_blocking=True)  # (B,L,S)
+    noise = torch.stack(noise)  # (B,L,S)
+    noise = noise.to(device, non_blocking=True)
     labels = labels.to(device)
     if cfg != 1.0:
         labels = torch.cat([labels, torch.full_like(labels, gpt.null_class)])  # (2B,)
     if c.mode != "randar":
         codes = sample_in_order(gpt, labels, keep, noise, scales, filters)
         return codes, torch.arange(c.length, device=device).expand_as(codes)
-    position_noise = [torch.rand(len(counts), c.length, generator=g) for g in generators]
-    position_noise = torch.stack(position_noise).to(device, non_blocking=True)  # (B,steps,L)
-    noises = noise, position_noise
+    shape = len(counts), c.length
+    position_noise = [torch.rand(shape, generator=g) for g in generators]
+    position_noise = torch.stack(position_noise).to(device, non_blocking=True)
+    noises = noise, position_noise  # (B,L,S), (B,steps,L)
     codes, first = sample_parallel(gpt, labels, keep, *noises, counts, scales, filters)
     first, order = first.sort(dim=1)
     return codes.gather(1, order), first
@@ -712,8 +720,10 @@ def open_codes(folder, dataset, tokenizer, config, run, views, sample_k, replace
     after the first draw K as stage 1 does. Raises UserError when it was made from other things."""
     t = dataclasses.replace(tokenizer.config, seed=config.seed)
     kinds = f"{t.keep_sampling} of {keep_distribution(t)[0]}" if sample_k else "target"
-    meta = dict(tokenizer=weights_hash(tokenizer.state_dict())[:12], data=dataset.digest()[:12],
-                views=views, seed=config.seed, keep=t.keep, keeps=kinds)
+    meta = dict(
+        tokenizer=weights_hash(tokenizer.state_dict())[:12],
+        data=dataset.digest()[:12],
+        views=views, seed=config.seed, keep=t.keep, keeps=kinds)
     there = os.path.exists(f"{folder}/meta.json") and not replace
     found = CodeDataset(folder).meta if there else meta
     for name in meta:
@@ -788,11 +798,15 @@ def code_batches(codes, t, config, run, step, sample_k):
 # -----------------------------------------------------------------------------
 # Evaluation and training
 
+CURVES = ("loss", "bits", "val_bits", "position", "position_bits", "val_position_bits",
+          "grad_norm", "lr")
+
 @torch.no_grad()
 def evaluate(gpt, dataset, config, run):
     """Bits per code, and randar's bits per set of positions, on validation images at target K."""
     names = ["bits", "position_bits"] if config.mode == "randar" else ["bits"]
-    order = draw_orders(config, 1, config.keep, seeded(0)).to(run.device)  # the same for all
+    # one order for all images
+    order = draw_orders(config, 1, config.keep, seeded(0)).to(run.device)
     rows = subset(len(dataset), 1000)[run.rank::run.world]
     size = micro_batch(config, run)
     results = [torch.zeros(0, len(names), device=run.device)]  # a rank may have no image
@@ -816,8 +830,10 @@ def draw_samples(gpt, tokenizer, config, path, num=20):
 def main(argv=None):
     flags = parse_config(GPTFlags, __doc__, argv, MODELS, "model")
     # a run has its tokenizer in its own checkpoint
-    made = (load_checkpoint(f"{flags.out}/ckpt.pt", "generator")["tokenizer"] if flags.resume
-            else load_checkpoint(flags.tokenizer, "tokenizer"))
+    if flags.resume:
+        made = load_checkpoint(f"{flags.out}/ckpt.pt", "generator")["tokenizer"]
+    else:
+        made = load_checkpoint(flags.tokenizer, "tokenizer")
     made = dict(config=made["config"], ema=made["ema"])
     tokenizer = tokenizer_from_state(made)
     t = tokenizer.config
@@ -831,15 +847,17 @@ def main(argv=None):
                        class_names=tuple(train_set.class_names))
     run = start_run(config)
     micro = micro_batch(config, run)
-    state = open_out(config, run, "generator", ("mode", "heads", "window", "duplicate", "order"))
+    fixed = "mode", "heads", "window", "duplicate", "order"
+    state = open_out(config, run, "generator", fixed)
     tokenizer.to(run.device)
-    folder, sample_k = config.cache or f"{config.out}/codes", config.mode != "raster"
-    views = config.views
+    folder = config.cache or f"{config.out}/codes"
+    sample_k = config.mode != "raster"
     # a cache of this run goes with it; one that --cache names may serve others
     replace = config.overwrite and not config.resume and not config.cache
-    train_codes = open_codes(f"{folder}/train", train_set, tokenizer, config, run, views, sample_k,
-                             replace)
-    val_codes = open_codes(f"{folder}/val", val_set, tokenizer, config, run, 1, False, replace)
+    cached = functools.partial(open_codes, tokenizer=tokenizer, config=config, run=run,
+                               replace=replace)
+    train_codes = cached(f"{folder}/train", train_set, views=config.views, sample_k=sample_k)
+    val_codes = cached(f"{folder}/val", val_set, views=1, sample_k=False)
 
     torch.manual_seed(config.seed)  # the same weights on every rank
     raw_model = GPT(config).to(run.device)
@@ -861,8 +879,7 @@ def main(argv=None):
               f"train {train_set.describe()}; val {val_set.describe()}")
 
     stream = code_batches(train_codes, t, config, run, step, sample_k)
-    metrics = Metrics(config, run, step, ("loss", "bits", "val_bits", "position", "position_bits",
-                                          "val_position_bits", "grad_norm", "lr"))
+    metrics = Metrics(config, run, step, CURVES)
     stop, stopping = catch_signals(), False
     while True:
         # The body runs max_steps + 1 times: the last time it only evaluates and saves
