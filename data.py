@@ -1189,7 +1189,7 @@ def restore_signals(interrupt=signal.default_int_handler, terminate=signal.SIG_D
 
 # The output folder and what is in it
 
-CHECKPOINT_VERSION = 6
+CHECKPOINT_VERSION = 7
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
 def open_out(config, run, kind, fixed=()):

@@ -640,7 +640,7 @@ def open_generator(args, run):
         raise UserError(f"--cfg {args.cfg}: pass numbers from 0, as in 1,1.5,2")
     args.num, args.data = args.num or 500, args.data or tokenizer.config.data
     sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                    seed=args.seed, keep=keep)
+                    position_temperature=args.position_temperature, seed=args.seed, keep=keep)
     record = dict(sampling, tokenizer=weights_hash(tokenizer.state_dict()),
                   generator=weights_hash(gpt.state_dict()))
     gpt.to(run.device, run.dtype)
@@ -1180,6 +1180,7 @@ FLAGS = [  # name, default, help, commands, then choices or range; numbers are 0
     ("samples", "", "npz (arr_0 uint8 NHWC, arr_1 labels) instead of --ckpt", "gen"),
     ("cfg", "1,1.5,2,3", "guidance scales", "gen"),
     ("temperature", 1.0, "of the sampler", "gen"),
+    ("position_temperature", 0.3, "of randar's positions", "gen", dict(low=0.01)),
     ("top_k", 0, "draw among the k likeliest sub-tokens, 0: all", "gen"),
     ("top_p", 1.0, "draw among this share of probability", "gen", dict(low=1e-6, high=1)),
     ("protocol", "whitened", "whitened: L-BFGS; paper: AdamW", "probe sweep",

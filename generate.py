@@ -37,6 +37,7 @@ class SampleConfig:
                             "share of known codes", choices=("constant", "linear"))
     cfg_sweep: str = arg("", help="FIRST:LAST:STEP, draw OUT/sweep.png with these scales")
     temperature: float = arg(1.0, help="divides the logits; 0: the likeliest code", low=0)
+    position_temperature: float = arg(0.3, help="randar: that of the positions", low=0.01)
     top_k: int = arg(0, help="sample among the k likeliest sub-tokens; 0: all", low=0)
     top_p: float = arg(1.0, help="sample among the likeliest sub-tokens of this total probability",
                        low=1e-9, high=1)
@@ -108,8 +109,9 @@ def main(argv=None):
     cfg = args.cfg if names else 1.0  # without classes there is nothing to guide
     sample = functools.partial(
         draw_images, gpt, tokenizer, batch_size=size, temperature=args.temperature,
-        top_k=args.top_k, top_p=args.top_p, seed=args.seed, steps=args.steps or None,
-        keep=None if config.mode == "raster" else keep, cfg_schedule=args.cfg_schedule)
+        position_temperature=args.position_temperature, top_k=args.top_k, top_p=args.top_p,
+        seed=args.seed, steps=args.steps or None, cfg_schedule=args.cfg_schedule,
+        keep=None if config.mode == "raster" else keep)
     make_folder(args.out)
     make_folder(os.path.dirname(args.npz) or ".", "--npz")
     make_folder(args.png_dir or ".", "--png-dir")

@@ -165,11 +165,14 @@ def join_codes(subs, sub_bits):
 # The model: LLaMA's block (RMSNorm, SwiGLU, rotary positions)
 
 def rope_table(config, device):
-    """cos and sin (2,P+L,D/h): half of the pairs turn with the grid row, half with the column."""
+    """cos and sin (2,P+L,D/h): half of the pairs turn with the grid row, half with the column.
+
+    The angle of a step falls from 1 to about 1/grid. A language model's slowest pairs turn by
+    1/10,000 a step: on a small grid that tells nothing (2403.13298).
+    """
     position = torch.arange(config.length, device=device)
-    pairs = config.width // config.heads // 4
-    frequency = 10_000.0 ** (-torch.arange(pairs, device=device) / pairs)
-    grid = math.isqrt(config.length)
+    pairs, grid = config.width // config.heads // 4, math.isqrt(config.length)
+    frequency = float(grid) ** (-torch.arange(pairs, device=device) / pairs)
     row, column = position // grid, position % grid
     angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)
     angle = F.pad(angle, (0, 0, config.prefix, 0))  # (P+L,D/h/2). The prefix does not turn
@@ -586,7 +589,8 @@ def arccos_steps(keep, steps=None):
     known[1] = 1  # position 0 alone: no row has predicted another one
     return [b - a for a, b in itertools.pairwise(known)]
 
-def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, filters):
+def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, filters,
+                    position_temperature):
     """Randar: step s draws counts[s] codes and the positions of the next step, in one call.
     labels (R,), noise (B,K,S), position_noise (B,steps,L) -> codes, first (B,K), as drawn."""
     P, L = gpt.config.prefix, gpt.config.length
@@ -628,18 +632,20 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         # in raster order small errors of the guided positions would add up
         scale = scales[s + 1] if gpt.config.order == "random" else 1.0
         logits = guide(logits, scale) if copies == 2 else logits  # (B,L)
+        logits = logits / position_temperature + bias
         gumbel = -(-position_noise[:, s].clamp(min=1e-9).log()).log()  # (B,L)
-        drawn = (logits + gumbel + bias).topk(counts[s + 1]).indices
+        drawn = (logits + gumbel).topk(counts[s + 1]).indices
 
 @torch.no_grad()
 def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, start=0,
-                 keep=None, steps=None, cfg_schedule="constant"):
+                 keep=None, steps=None, cfg_schedule="constant", position_temperature=0.3):
     """labels (B,) class ids -> codes (B,N), their first positions (B,N), ascending. Sample i is a
     function of (seed, start + i) and its label.
 
     cfg: guidance scale, 1.0 for none. cfg_schedule linear: it grows from 1 with the share of codes
     known. keep: merge instruction K, bound of the mergear cache, number of randar codes.
-    steps: see arccos_steps. temperature, top_k, top_p act on codes, not on positions.
+    steps: see arccos_steps. temperature, top_k, top_p act on codes. position_temperature is low,
+    as a share of each draw falls on positions that fit to no others, and K draws add up.
     """
     c, device = gpt.config, gpt.mask_embed.device
     assert not gpt.training, "sample from a model in eval mode"
@@ -667,7 +673,8 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
     position_noise = [torch.rand(shape, generator=g) for g in generators]
     position_noise = torch.stack(position_noise).to(device, non_blocking=True)
     noises = noise, position_noise  # (B,L,S), (B,steps,L)
-    codes, first = sample_parallel(gpt, labels, keep, *noises, counts, scales, filters)
+    codes, first = sample_parallel(gpt, labels, keep, *noises, counts, scales, filters,
+                                   position_temperature)
     first, order = first.sort(dim=1)
     return codes.gather(1, order), first
 

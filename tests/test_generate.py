@@ -111,7 +111,8 @@ def test_images_are_the_decoded_codes(place, ckpt):
 
 @pytest.mark.parametrize("flag", ["--cfg 1", "--temperature 0.5", "--top-k 2", "--top-p 0.3",
                                   "--keep 4", "--classes dog", "--seed 9", "--dtype bfloat16",
-                                  "--cfg-schedule linear", "--steps 2"])
+                                  "--cfg-schedule linear", "--steps 2",
+                                  "--position-temperature 2"])
 def test_every_flag_changes_the_images(place, flag):
     """A flag that is parsed and never used."""
     base, _ = run(place, "base", ckpt="randar")

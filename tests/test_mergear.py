@@ -250,7 +250,7 @@ def test_parallel_steps_equal_the_full_forward(counts, monkeypatch):
     gpt.position_head.register_forward_hook(lambda m, i, out: seen.append(out))
     big = torch.full((6, len(counts), 16), 0.5)
     drawn, at = mergear.sample_parallel(gpt, labels, 4, torch.rand(6, 4, 1), big, counts,
-                                        [1.0] * len(counts), {})
+                                        [1.0] * len(counts), {}, 1.0)
     monkeypatch.undo()
     positions, logits, known = seen[:], asked[:], 0  # what follows is recorded too
     assert len(logits) == len(counts) and len(positions) == len(counts) - 1
@@ -303,19 +303,23 @@ def test_sequence_of_randar():
 def test_positions_are_drawn_once(keep, steps):
     """A position drawn twice, 0 missing, positions that are not sorted with their codes."""
     gpt = small_gpt(mode="randar", keep=keep)
-    _, first = sample_codes(gpt, torch.arange(200) % 3, cfg=2.0, steps=steps)
+    _, first = sample_codes(gpt, torch.arange(200) % 3, cfg=2.0, steps=steps,
+                            position_temperature=1.0)
     assert (first[:, 0] == 0).all() and (first.diff(dim=1) > 0).all()
     assert len(first.unique(dim=0)) > 20 or keep == 16
 
-def test_gumbel_top_n_is_sequential_sampling():
-    """Noise of the wrong sign: two positions at once must have the law of two draws in turn."""
+@pytest.mark.parametrize("temperature", [1.0, 0.1])
+def test_gumbel_top_n_is_sequential_sampling(temperature):
+    """Noise of the wrong sign: two positions at once must have the law of two draws in turn.
+    A temperature that divides the noise too."""
     gpt = small_gpt(mode="randar", keep=3, keeps=(3,), num_classes=0)
     zero = torch.zeros(1, 3, dtype=torch.long)
     logits = gpt(zero, zero[0, :1], 3, first=torch.tensor([[0, 1, 2]]))[1][0, 0]
     logits[0] = -math.inf
-    p = logits.softmax(-1)
+    p = (logits / temperature).softmax(-1)
     expected = p + p * ((p / (1 - p)).sum() - p / (1 - p))  # drawn first, or second
-    _, first = sample_codes(gpt, torch.zeros(4000, dtype=torch.long), steps=2)
+    _, first = sample_codes(gpt, torch.zeros(4000, dtype=torch.long), steps=2,
+                            position_temperature=temperature)
     share = torch.bincount(first[:, 1:].flatten(), minlength=16) / 4000
     assert torch.allclose(share, expected, atol=0.03)
 
