@@ -29,14 +29,13 @@ import recovery
 import tokenizer
 
 # 8 px, L = 16: a step takes milliseconds
-TOKENIZER = dict(size=8, base=8, mult="1,2", width=16, depth=2, heads=2, dec_width=16,
-                 dec_depth=1, dec_heads=2, recovery_width=16, keep=6, keeps="4,6,16", bits=6,
+TOKENIZER = dict(size=8, base=8, mult=(1, 2), width=16, depth=2, heads=2, dec_width=16,
+                 dec_depth=1, dec_heads=2, recovery_width=16, keep=6, keeps=(4, 6, 16), bits=6,
                  align_dim=8, disc_base=4, disc_layers=1, disc_start=5, disc_ramp=2, warmup=2,
                  batch_size=4, eval_every=7)
 MERGEAR = dict(width=16, heads=2, depth=1, batch_size=8, warmup=2, eval_every=11,
                token_dropout=0.2, dropout=0.1)
 RECOVERY = dict(batch_size=8, warmup=2, drawn=0.5, eval_every=5)
-
 
 def write_images(folder, size=8):
     """A data set of two classes, 24 images to train and 4 to validate."""
@@ -48,7 +47,6 @@ def write_images(folder, size=8):
                 pixels = torch.randint(0, 256, (size, size, 3), generator=dice, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(f"{folder}/{split}/{name}/{n}.png")
 
-
 def command(settings, out, **changes):
     """Flags of a small run that saves every third step."""
     common = dict(out=out, device="cpu", workers=0, log_every=1, save_every=3)
@@ -56,11 +54,10 @@ def command(settings, out, **changes):
     for name, value in {**common, **settings, **changes}.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
-            argv += [flag] if value else []
+            argv.append(flag if value else "--no-" + flag[2:])
         else:
-            argv += [flag, str(value)]
+            argv += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return argv
-
 
 def start(function, *args, log=os.devnull):
     """Run function(*args) in a forked process of one thread, its output in `log` -> its id."""
@@ -84,28 +81,23 @@ def start(function, *args, log=os.devnull):
     finally:
         os._exit(code)
 
-
 def finish(pid):
     """Wait for a process -> its exit code, or minus the signal that ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-
 def alive(pid):
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
 
 def cpu_seconds(pid):
     with open(f"/proc/{pid}/stat") as file:
         fields = file.read().rsplit(")", 1)[1].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
-
 def being_written(path):
     try:
         return os.stat(path).st_mtime > 0
     except FileNotFoundError:
         return False
-
 
 def kill_at_random(pid, out, dice, longest):
     """SIGKILL after a random share of `longest` CPU seconds, or, one time in three, while a
@@ -127,7 +119,6 @@ def kill_at_random(pid, out, dice, longest):
     assert finish(pid) == 0, f"the run in {out} failed by itself"
     return ""
 
-
 def read(out):
     """Checkpoint and metrics of a run, without what may differ: folder names and speed."""
     state = torch.load(f"{out}/ckpt.pt", weights_only=True)
@@ -136,7 +127,6 @@ def read(out):
             state.get(name, {}).pop(flag, None)
     with open(f"{out}/metrics.jsonl") as file:
         return state, [{**json.loads(line), "images_per_s": 0} for line in file]
-
 
 def difference(a, b, path=""):
     """The first place where two nested structures differ, bit for bit; None if they are equal."""
@@ -149,7 +139,6 @@ def difference(a, b, path=""):
         found = (difference(a[key], b[key], f"{path}/{key}") for key in keys)
         return next((place for place in found if place), None)
     return None if a == b else f"{path}: {a} and {b}"
-
 
 def torment(main, settings, folder, kills, dice, **changes):
     """Kill runs `kills` times in all -> counts of what was hit. AssertionError on any loss."""
@@ -178,7 +167,6 @@ def torment(main, settings, folder, kills, dice, **changes):
         assert not differs, f"after kills the run is another: {differs}"
     return counts
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
@@ -200,7 +188,6 @@ def main():
                        **changes)
         print(f"{script.__name__}.py: {hits['anywhere']} kills anywhere, {hits['write']} during a "
               "write: the same run", flush=True)
-
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,4 @@
-"""The commands of README.md and .github/RESULTS.md. A docstring names the bug that a test catches.
-
-    python -m pytest -q tests/test_docs.py
-"""
+"""The commands of README.md and .github/RESULTS.md. A docstring names the bug it catches."""
 
 import importlib
 import os
@@ -11,16 +8,13 @@ import subprocess
 import sys
 
 import pytest
+from kills import ROOT, write_images
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "tests")]
 import data
-from kills import write_images
 
 SCRIPTS = ("data", "tokenizer", "recovery", "mergear", "generate", "eval")
 QUICK = dict(tokenizer="--max-steps 2 --data images", mergear="--max-steps 2",
              generate="--num 2")
-
 
 def commands():
     """[(script, its arguments)] of every line in a bash block that starts one of the scripts."""
@@ -39,10 +33,8 @@ def commands():
                     found.append((scripts[0][:-3], tuple(words[place + 1:])))
     return list(dict.fromkeys(found))
 
-
 class Parsed(Exception):
     """All flags were understood."""
-
 
 @pytest.mark.parametrize("script, argv", commands())
 def test_every_command_parses(script, argv, monkeypatch):
@@ -56,7 +48,6 @@ def test_every_command_parses(script, argv, monkeypatch):
     monkeypatch.setattr(data.Parser, "parse_args", parse_and_stop)
     with pytest.raises(Parsed):
         importlib.import_module(script).main(list(argv))
-
 
 def test_the_quickstart_runs(tmp_path):
     """Defaults that do not chain: three commands, one after the other, with a few steps."""

@@ -6,18 +6,16 @@ weights. Skipped where these are not installed. None of them is needed to run an
 """
 
 import os
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import random_images as images
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 import tokenizer
 from eval import FIDInception, frechet_distance, load_inception, ssim
-from test_weights import dino_shapes, images, random_tensors
+from test_weights import dino_shapes, random_tensors
 from tokenizer import load_dinov2, load_lpips
 
 def assert_equal(a, b, tolerance=1e-4):
