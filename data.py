@@ -1189,7 +1189,8 @@ def restore_signals(interrupt=signal.default_int_handler, terminate=signal.SIG_D
 
 # The output folder and what is in it
 
-CHECKPOINT_VERSION = 7
+# counted up where an older file of that kind would be misread
+VERSIONS = dict(tokenizer=6, generator=7, classifier=6, finetuned=6)
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
 def open_out(config, run, kind, fixed=()):
@@ -1247,7 +1248,7 @@ def save_checkpoint(path, kind, **state):
     sees the old file or the new one. Raises UserError when it cannot be written."""
     try:
         with open(f"{path}.tmp", "wb") as file:
-            torch.save(dict(kind=kind, version=CHECKPOINT_VERSION, **state), file)
+            torch.save(dict(kind=kind, version=VERSIONS[kind], **state), file)
             file.flush()
             os.fsync(file.fileno())  # or a power cut leaves the new name with nothing behind it
         os.replace(f"{path}.tmp", path)
@@ -1265,9 +1266,9 @@ def load_checkpoint(path, kind, device="cpu"):
         found = f"{state['kind']} checkpoint of version {state['version']}"
     except Exception as error:  # a damaged or foreign file raises many types
         raise UserError(f"{path} is no readable checkpoint ({type(error).__name__}): pass another")
-    wanted = f"{kind} checkpoint of version {CHECKPOINT_VERSION}"
+    wanted = f"{kind} checkpoint of version {VERSIONS[kind]}"
     if found != wanted:
-        raise UserError(f"{path} is a {found}, not a {wanted}: pass another")
+        raise UserError(f"{path} is a {found}, not a {wanted}: pass another, or train it again")
     return state
 
 def load_parts(path, state, **parts):

@@ -54,7 +54,8 @@ from data import (ImageDataset, Metrics, Parser, RunConfig, UserError, arg, batc
                   parallel, parse_config, plot_rows, presets, run_main, save_checkpoint, seeded,
                   start_run, step_if_finite, subset, to_uint8, update_ema, val_batches,
                   weights_hash)
-from mergear import GPT, MODES, GPTConfig, draw_images, load_generator, sample_codes
+from mergear import (GPT, MODES, POSITION_TEMPERATURE, GPTConfig, draw_images, load_generator,
+                     sample_codes)
 from tokenizer import (MergeVQ, ResBlock, TokenizerConfig, bit_balance, code_statistics,
                        codes_to_bits, first_position_of_token, lfq_entropy, load_lpips,
                        load_tokenizer, load_weights, merge_schedule, nearest_first, psnr)
@@ -1179,8 +1180,8 @@ FLAGS = [  # name, default, help, commands, then choices or range; numbers are 0
     ("reference", "", "npz of stats or ADM; empty: --data", "gen"),
     ("samples", "", "npz (arr_0 uint8 NHWC, arr_1 labels) instead of --ckpt", "gen"),
     ("cfg", "1,1.5,2,3", "guidance scales", "gen"),
-    ("temperature", 1.0, "of the sampler", "gen"),
-    ("position_temperature", 0.3, "of randar's positions", "gen", dict(low=0.01)),
+    ("temperature", -1.0, "of the codes; -1: 0.2 for randar, else 1", "gen", dict(low=-1)),
+    ("position_temperature", POSITION_TEMPERATURE, "of randar's", "gen", dict(low=0.01)),
     ("top_k", 0, "draw among the k likeliest sub-tokens, 0: all", "gen"),
     ("top_p", 1.0, "draw among this share of probability", "gen", dict(low=1e-6, high=1)),
     ("protocol", "whitened", "whitened: L-BFGS; paper: AdamW", "probe sweep",
@@ -1192,7 +1193,7 @@ FLAGS = [  # name, default, help, commands, then choices or range; numbers are 0
     ("size", 0, "image side in pixels; 0: the classifier's", "stats"),
     ("length", 256, "codes of an image L, a square", "speed", dict(low=4)),
     ("window", 16, "of mergear", "speed"),
-    ("bits", 18, "code bits d", "speed", dict(low=1, high=24)),
+    ("bits", 18, "code bits d", "speed", dict(low=1, high=20)),
     ("width", 256, "of the generators", "speed", dict(low=4)),
     ("depth", 4, "blocks", "speed", dict(low=1)),
     ("heads", 8, "attention heads", "speed", dict(low=1)),

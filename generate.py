@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import (UserError, arg, from_uint8, image_grid, make_folder, new_array, parse_config,
                   run_main, start_run, to_uint8, weights_hash)
-from mergear import draw_images, load_generator
+from mergear import POSITION_TEMPERATURE, draw_images, load_generator
 
 IN_PICTURE = 200  # images in samples.png
 
@@ -36,8 +36,10 @@ class SampleConfig:
     cfg_schedule: str = arg("constant", help="linear: the scale grows from 1 to --cfg with the "
                             "share of known codes", choices=("constant", "linear"))
     cfg_sweep: str = arg("", help="FIRST:LAST:STEP, draw OUT/sweep.png with these scales")
-    temperature: float = arg(1.0, help="divides the logits; 0: the likeliest code", low=0)
-    position_temperature: float = arg(0.3, help="randar: that of the positions", low=0.01)
+    temperature: float = arg(-1.0, help="divides the logits of codes; 0: the likeliest code; "
+                             "-1: 0.2 for randar, else 1", low=-1)
+    position_temperature: float = arg(POSITION_TEMPERATURE, low=0.01,
+                                      help="randar: divides the logits of positions")
     top_k: int = arg(0, help="sample among the k likeliest sub-tokens; 0: all", low=0)
     top_p: float = arg(1.0, help="sample among the likeliest sub-tokens of this total probability",
                        low=1e-9, high=1)

@@ -167,8 +167,8 @@ def join_codes(subs, sub_bits):
 def rope_table(config, device):
     """cos and sin (2,P+L,D/h): half of the pairs turn with the grid row, half with the column.
 
-    The angle of a step falls from 1 to about 1/grid. A language model's slowest pairs turn by
-    1/10,000 a step: on a small grid that tells nothing (2403.13298).
+    The fastest pair turns by 1 radian a step, the slowest by about 1/grid. With the base of a
+    language model, 10,000, most pairs would hardly turn on a grid (2403.13298 takes 100).
     """
     position = torch.arange(config.length, device=device)
     pairs, grid = config.width // config.heads // 4, math.isqrt(config.length)
@@ -240,7 +240,7 @@ class GPT(nn.Module):
         super().__init__()
         c, D = config, config.width
         assert D % (4 * c.heads) == 0, f"--width {D} is not a multiple of 4 x --heads {c.heads}"
-        assert c.bits <= 20, f"{c.bits} bits: too many for two sub-tokens"
+        assert c.bits <= 20, f"{c.bits} bits: at most 20, or a softmax would be too large"
         self.config = config
         self.null_class = c.num_classes
         self.class_embed = nn.Embedding(c.num_classes + 1, D)
@@ -491,6 +491,13 @@ class CompactCache(DenseCache):
 # -----------------------------------------------------------------------------
 # Sampling
 
+# Of the codes. In randar mode an unlikely code spoils all that follow, and the positions,
+# which are drawn too, give variety already
+TEMPERATURE = dict(raster=1.0, mergear=1.0, randar=0.2)
+# Of randar's positions. Each draw may fall where no real set of positions would have one, and
+# over K - 1 draws these chances add up
+POSITION_TEMPERATURE = 0.3
+
 def guide(logits, cfg):
     """Classifier-free guidance: logits (2B,V), conditional half first -> (B,V)."""
     cond, uncond = logits.float().chunk(2)
@@ -592,7 +599,8 @@ def arccos_steps(keep, steps=None):
 def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, filters,
                     position_temperature):
     """Randar: step s draws counts[s] codes and the positions of the next step, in one call.
-    labels (R,), noise (B,K,S), position_noise (B,steps,L) -> codes, first (B,K), as drawn."""
+    labels (R,), noise (B,L,S), position_noise (B,steps,L), scales of the steps, settings of
+    draw(), temperature of the positions -> codes, first (B,K), as drawn."""
     P, L = gpt.config.prefix, gpt.config.length
     copies = len(labels) // len(noise)
     cache = gpt.new_cache(len(labels), keep)
@@ -637,15 +645,15 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         drawn = (logits + gumbel).topk(counts[s + 1]).indices
 
 @torch.no_grad()
-def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed=0, start=0,
-                 keep=None, steps=None, cfg_schedule="constant", position_temperature=0.3):
+def sample_codes(gpt, labels, cfg=1.0, temperature=-1.0, top_k=0, top_p=1.0, seed=0, start=0,
+                 keep=None, steps=None, cfg_schedule="constant",
+                 position_temperature=POSITION_TEMPERATURE):
     """labels (B,) class ids -> codes (B,N), their first positions (B,N), ascending. Sample i is a
     function of (seed, start + i) and its label.
 
-    cfg: guidance scale, 1.0 for none. cfg_schedule linear: it grows from 1 with the share of codes
-    known. keep: merge instruction K, bound of the mergear cache, number of randar codes.
-    steps: see arccos_steps. temperature, top_k, top_p act on codes. position_temperature is low,
-    as a share of each draw falls on positions that fit to no others, and K draws add up.
+    cfg: guidance scale, 1.0 for none. cfg_schedule linear: it grows from 1 with the share of
+    codes known. keep: merge instruction K, bound of the mergear cache, number of randar codes.
+    steps: see arccos_steps. temperature, top_k, top_p: of the codes; temperature -1: the mode's.
     """
     c, device = gpt.config, gpt.mask_embed.device
     assert not gpt.training, "sample from a model in eval mode"
@@ -655,12 +663,13 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
     known = itertools.accumulate(counts)
     grow = cfg_schedule == "linear"
     scales = [1 + (cfg - 1) * n / sum(counts) if grow else cfg for n in known]
+    temperature = TEMPERATURE[c.mode] if temperature < 0 else temperature
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
     # all randomness, drawn for each sample from its own generator
     wide = torch.float32 if device.type == "mps" else torch.float64
     generators = [seeded(seed, start + i) for i in range(len(labels))]
-    shape = c.length, len(c.sub_bits)
-    noise = [torch.rand(shape, dtype=wide, generator=g) for g in generators]
+    size = c.length, len(c.sub_bits)
+    noise = [torch.rand(size, dtype=wide, generator=g) for g in generators]
     noise = torch.stack(noise)  # (B,L,S)
     noise = noise.to(device, non_blocking=True)
     labels = labels.to(device)
@@ -669,12 +678,12 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=1.0, top_k=0, top_p=1.0, seed
     if c.mode != "randar":
         codes = sample_in_order(gpt, labels, keep, noise, scales, filters)
         return codes, torch.arange(c.length, device=device).expand_as(codes)
-    shape = len(counts), c.length
-    position_noise = [torch.rand(shape, generator=g) for g in generators]
-    position_noise = torch.stack(position_noise).to(device, non_blocking=True)
-    noises = noise, position_noise  # (B,L,S), (B,steps,L)
-    codes, first = sample_parallel(gpt, labels, keep, *noises, counts, scales, filters,
-                                   position_temperature)
+    size = len(counts), c.length
+    position_noise = [torch.rand(size, generator=g) for g in generators]
+    position_noise = torch.stack(position_noise)  # (B,steps,L)
+    position_noise = position_noise.to(device, non_blocking=True)
+    codes, first = sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales,
+                                   filters, position_temperature)
     first, order = first.sort(dim=1)
     return codes.gather(1, order), first
 
@@ -861,10 +870,10 @@ def main(argv=None):
     sample_k = config.mode != "raster"
     # a cache of this run goes with it; one that --cache names may serve others
     replace = config.overwrite and not config.resume and not config.cache
-    cached = functools.partial(open_codes, tokenizer=tokenizer, config=config, run=run,
-                               replace=replace)
-    train_codes = cached(f"{folder}/train", train_set, views=config.views, sample_k=sample_k)
-    val_codes = cached(f"{folder}/val", val_set, views=1, sample_k=False)
+    common = dict(tokenizer=tokenizer, config=config, run=run, replace=replace)
+    train_codes = open_codes(f"{folder}/train", train_set, **common, views=config.views,
+                             sample_k=sample_k)
+    val_codes = open_codes(f"{folder}/val", val_set, **common, views=1, sample_k=False)
 
     torch.manual_seed(config.seed)  # the same weights on every rank
     raw_model = GPT(config).to(run.device)

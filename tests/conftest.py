@@ -1,4 +1,5 @@
-"""What several test files share. pytest puts this folder on sys.path, and kills.py the scripts'."""
+"""What several test files share. pytest puts this folder on sys.path; kills.py, which comes first,
+adds that of the scripts."""
 
 import os
 import subprocess
@@ -14,7 +15,7 @@ from tokenizer import MergeVQ, TokenizerConfig
 
 torch.set_num_threads(1)  # the models are too small for more, and sums then have one order
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-SIZE_16 = dict(size=16, depth=3, keep=25, keeps=(16, 25, 36))  # in TOKENIZER: f = 2, L = 64
+SIZE_16 = dict(size=16, depth=3, keep=25, keeps=(16, 25, 36))  # TOKENIZER at L = 64
 
 def random_images(num, *size, seed=0):
     """(num,3,H,W) in [-1,1], 16 x 16 by default."""

@@ -1,4 +1,5 @@
-"""The commands of README.md and .github/RESULTS.md. A docstring names the bug it catches."""
+"""The commands of README.md and .github/RESULTS.md. The docstring of a test names the
+bug that it catches."""
 
 import importlib
 import os

@@ -459,7 +459,7 @@ def test_finetune_learns_and_resumes(checkpoint, folder, tmp_path):
     assert record["tokenizer"] == weights_hash(before)
     assert not torch.equal(before[name], state["model"][name])
 
-# speed, two processes, mistakes
+# speed, two processes
 
 def test_speed_runs_all_modes(tmp_path):
     """A cache whose interface has changed, a ratio against the wrong reference."""

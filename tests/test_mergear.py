@@ -240,6 +240,17 @@ def test_parallel_steps_equal_the_full_forward(counts, monkeypatch):
             assert torch.allclose(positions[s], next_position[:, known], atol=1e-4)
         known += n
 
+def test_rotary_angles():
+    """A base that hardly turns on the grid, rows taken for columns. Four pairs: two for each."""
+    config = GPTConfig(mode="randar", length=16, width=32, heads=4)
+    cos, sin = rope_table(config, torch.device("cpu"))
+    angle = torch.atan2(sin[:, 4:], cos[:, 4:])  # (P+L,D/h/2)
+    assert not angle[:2].any()
+    for position in range(16):
+        row, column = divmod(position, 4)
+        expected = torch.tensor([row, row / 2, column, column / 2])  # 4^(-1/2) is 1/2
+        assert torch.allclose(angle[2 + position], expected, atol=1e-5)
+
 def test_pairs_know_their_grid_position_only():
     """Angles or embeddings that tell the place in the sequence. A pair has the angles of raster
     mode, and with one block it says what it says wherever it stands before."""

@@ -259,6 +259,10 @@ MISTAKES = [  # script, its flags, a word of the error
     ("mergear", "--out RUN --resume --max-steps 99 --heads 1", "has heads 2"),
     ("mergear", "--out RUN --resume --max-steps 99 --window 3", "has window 8"),
     ("tokenizer", "--out RUN --resume --max-steps 99 --dec-depth 2", "does not fit"),
+    ("tokenizer", "--out RUN --overwrite --batch-size 9 --accum 2", "--batch-size"),
+    ("mergear", "--out RUN --overwrite --batch-size 9 --accum 2", "--batch-size"),
+    ("tokenizer", "--out RUN --overwrite --align label --no-labels", "--align"),
+    ("eval", "speed --bits 21", "--bits"),
     ("data", "--data nowhere", "nowhere"), ("data", "--nope 1", "--nope"), ("eval", "", "recon"),
     ("eval", "frobnicate", "frobnicate"), ("eval", "recon --kep 3", "--kep"),
     ("eval", "recon --cfg 2", "--cfg"), ("eval", "recon --ckpt no/where.pt", "no/where.pt"),
@@ -275,15 +279,18 @@ MISTAKES = [  # script, its flags, a word of the error
 
 @pytest.mark.parametrize("script, wrong, word", MISTAKES)
 def test_mistakes_are_one_line(place, script, wrong, word, tmp_path, monkeypatch, capsys):
-    """A page of traceback for a wrong flag or file, or a folder that it leaves behind."""
+    """A page of traceback for a wrong flag or file, a folder that it leaves behind, a finished
+    run that is touched."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "BAD").write_bytes(b"PK\3\4 nonsense")
     os.symlink(place / script, "RUN")
     for name, run in dict(CKPT="tokenizer", GPT="mergear", RANDAR="randar").items():
         os.symlink(place / run / "ckpt.pt", name)
     begin = flags(place, script, "wrong") if script in SCRIPTS else []
+    finished = [(place / run / "ckpt.pt").read_bytes() for run in SCRIPTS]
     assert word in fails(ALL[script].main, [*begin, *wrong.split()], capsys)
     assert not os.path.exists(place / "wrong/ckpt.pt")
+    assert finished == [(place / run / "ckpt.pt").read_bytes() for run in SCRIPTS]
 
 @pytest.mark.parametrize("name", [*ALL, *(f"eval {name}" for name in evaluation.COMMANDS)])
 def test_help(name, capsys):
