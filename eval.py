@@ -54,8 +54,8 @@ from data import (ImageDataset, Metrics, Parser, RunConfig, UserError, arg, batc
                   parallel, parse_config, plot_rows, presets, run_main, save_checkpoint, seeded,
                   start_run, step_if_finite, subset, to_uint8, update_ema, val_batches,
                   weights_hash)
-from mergear import (GPT, MODES, POSITION_TEMPERATURE, GPTConfig, draw_images, load_generator,
-                     sample_codes)
+from mergear import (GPT, MODES, POSITION_TEMPERATURE, TEMPERATURE, GPTConfig, draw_images,
+                     load_generator, sample_codes)
 from tokenizer import (MergeVQ, ResBlock, TokenizerConfig, bit_balance, code_statistics,
                        codes_to_bits, first_position_of_token, lfq_entropy, load_lpips,
                        load_tokenizer, load_weights, merge_schedule, nearest_first, psnr)
@@ -640,7 +640,8 @@ def open_generator(args, run):
     if not all(0 <= scale < 1000 for scale in scales):
         raise UserError(f"--cfg {args.cfg}: pass numbers from 0, as in 1,1.5,2")
     args.num, args.data = args.num or 500, args.data or tokenizer.config.data
-    sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+    temperature = TEMPERATURE[c.mode] if args.temperature < 0 else args.temperature
+    sampling = dict(temperature=temperature, top_k=args.top_k, top_p=args.top_p,
                     position_temperature=args.position_temperature, seed=args.seed, keep=keep)
     record = dict(sampling, tokenizer=weights_hash(tokenizer.state_dict()),
                   generator=weights_hash(gpt.state_dict()))
