@@ -1067,6 +1067,8 @@ def parse_config(config_class, doc, argv=None, presets=None, flag=""):
     parser = Parser(description=doc)
     shared = RunConfig.__dataclass_fields__
     for f in dataclasses.fields(config_class):
+        if not f.metadata:  # no flag
+            continue
         # restated only for its value, a field has no help
         meta = f.metadata["flag"] if f.metadata["flag"]["help"] else shared[f.name].metadata["flag"]
         parser.flag(f.name, f.type, chosen.get(f.name, f.default), **meta)
@@ -1190,7 +1192,7 @@ def restore_signals(interrupt=signal.default_int_handler, terminate=signal.SIG_D
 # The output folder and what is in it
 
 # counted up where an older file of that kind would be misread
-VERSIONS = dict(tokenizer=6, generator=7, classifier=6, finetuned=6)
+VERSIONS = dict(tokenizer=7, generator=8, classifier=6, finetuned=6)
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
 def open_out(config, run, kind, fixed=()):

@@ -25,10 +25,8 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import math
 import os
-import shutil
 
 import numpy as np
 import torch
@@ -40,23 +38,23 @@ from data import (Metrics, RunConfig, UserError, View, adamw, arg, build_dataset
                   end_run, gather_rows, image_grid, learning_rate, load_batches, load_checkpoint,
                   load_parts, loader_workers, make_folder, micro_batch, new_array, open_out,
                   parallel, parse_config, presets, run_main, save_checkpoint, seeded, start_run,
-                  step_if_finite, subset, update_ema, weights_hash)
+                  step_if_finite, update_ema, val_batches, weights_hash)
 from tokenizer import (first_position_of_token, keep_distribution, sample_keep,
                        tokenizer_from_state)
 
 # -----------------------------------------------------------------------------
-# Config. Every field of GPTFlags is a flag. GPTConfig adds what tokenizer and data decide.
+# Config. Every field with arg() is a flag.
 
 MODES = ("raster", "mergear", "randar")
 
 @dataclasses.dataclass
-class GPTFlags(RunConfig):
+class GPTConfig(RunConfig):
     """One column per preset: tiny for a CPU, and three sizes of LlamaGen (paper: l)."""
     mode: str = arg("mergear", help="raster, mergear or randar", choices=MODES)
     tokenizer: str = arg("out/tokenizer/ckpt.pt", help="checkpoint of tokenizer.py")
     data: str = arg("", help="as in tokenizer.py; empty: what the tokenizer was trained on")
     out: str = arg("out/mergear")
-    cache: str = arg("", help="folder of the code cache; empty: OUT/codes")
+    cache: str = arg("", help="folder of the code caches; empty: codes/ beside the tokenizer")
     views: int = arg(2, help="centre crop, mirror image, then random crops", low=1, high=1000)
     # the transformer
     #                      tiny  b     l     xl
@@ -71,11 +69,7 @@ class GPTFlags(RunConfig):
     token_dropout: float = arg(0.0, 0.1, 0.1, 0.1, help="share of codes hidden", low=0, high=1)
     label_smoothing: float = arg(0.0, 0.1, 0.1, 0.1, help="of the codes' loss", low=0, high=0.9)
     class_dropout: float = arg(0.1, help="share of labels hidden, for guidance", low=0, high=1)
-    order: str = arg("random", help="randar: order of the merged tokens: random, or raster",
-                     choices=("random", "raster"))
     w_position: float = arg(0.3, help="randar: weight of the positions' loss", low=0)
-    duplicate: str = arg("source", help="mergear: what counts as a repeat in training: merged "
-                         "token or code", choices=("source", "codes"))
     # optimisation
     batch_size: int = arg( 32,   1024, 1024, 1024)
     max_steps: int = arg(  2800, 0,    0,    0)
@@ -86,10 +80,7 @@ class GPTFlags(RunConfig):
     weight_decay: float = arg(0.05)
     eval_every: int = arg( 1400, 5000, 5000, 5000)
     save_every: int = arg( 700,  5000, 5000, 5000)
-
-@dataclasses.dataclass
-class GPTConfig(GPTFlags):
-    """The flags, and what follows from tokenizer and data. Saved whole in the checkpoint."""
+    # from tokenizer and data: no flags
     bits: int = 8              # code bits d
     length: int = 64           # L
     num_classes: int = 10      # 0: unlabelled images
@@ -106,7 +97,7 @@ class GPTConfig(GPTFlags):
         return (self.bits,) if self.bits <= 10 else (6, self.bits - 6)
 
 # parameters with d = 8, L = 64: tiny 0.5M; with d = 18, L = 1024: b 106M, l 343M, xl 784M
-MODELS = presets(GPTFlags, ("tiny", "b", "l", "xl"))
+MODELS = presets(GPTConfig, ("tiny", "b", "l", "xl"))
 
 # Id spaces, defined here and nowhere else
 #   class          0 .. num_classes-1, then the null class = num_classes. Unlabelled: only 0
@@ -123,8 +114,7 @@ MODELS = presets(GPTFlags, ("tiny", "b", "l", "xl"))
 #                predicts      x_0 x_1 x_2 x_3 ... x_{L-1}   some earlier rows are masked
 #       randar   fed       c    m  p_0 x_0 p_a x_a ... p_z   0, a, ... z: first positions
 #                predicts          x_0     x_a     ... x_z
-#                and               {p}     {p}                {p}: those that remain, any order;
-#                                                            with --order raster the next one
+#                and               {p}     {p}                {p}: those that remain
 #
 #   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout,
 #                  (seed, step, rank, 5) nn.Dropout, (seed, step, 6) rows of the code cache,
@@ -191,21 +181,6 @@ def causal_attention(q, k, v):
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -math.inf).softmax(-1) @ v
 
-class Linear(nn.Linear):
-    """nn.Linear without bias. On a CPU, MKL gives a product of few rows to one thread, and a
-    batch of products, one per part of the outputs, to all of them."""
-    def __init__(self, c_in, c_out):
-        super().__init__(c_in, c_out, bias=False)
-
-    def forward(self, x):
-        rows, parts = x.numel() // x.shape[-1], math.gcd(4, len(self.weight))
-        few = x.device.type == "cpu" and x.dtype == torch.float32 and rows <= 256
-        if torch.is_grad_enabled() or not few:
-            return super().forward(x)
-        y = x.reshape(1, rows, -1).expand(parts, -1, -1)
-        y = torch.bmm(y, self.weight.unflatten(0, (parts, -1)).transpose(1, 2))
-        return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-
 class Block(nn.Module):
     """Pre-norm transformer block. How it attends differs between training and KV caches."""
     def __init__(self, config):
@@ -217,11 +192,11 @@ class Block(nn.Module):
         self.heads = config.heads
         self.dropout = nn.Dropout(config.dropout)
         self.norm1 = nn.RMSNorm(D, eps=1e-5)
-        self.qkv = Linear(D, 3 * D)
-        self.proj = Linear(D, D)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.proj = nn.Linear(D, D, bias=False)
         self.norm2 = nn.RMSNorm(D, eps=1e-5)
-        self.up = Linear(D, 2 * hidden)
-        self.down = Linear(hidden, D)
+        self.up = nn.Linear(D, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, D, bias=False)
 
     def forward(self, x, attend, rope=None):
         """x (B,T,D); attend(q, k, v), each (B,h,T,D/h), -> (B,h,T,D/h); rope: cos and sin."""
@@ -240,7 +215,6 @@ class GPT(nn.Module):
         super().__init__()
         c, D = config, config.width
         assert D % (4 * c.heads) == 0, f"--width {D} is not a multiple of 4 x --heads {c.heads}"
-        assert c.bits <= 20, f"{c.bits} bits: at most 20, or a softmax would be too large"
         self.config = config
         self.null_class = c.num_classes
         self.class_embed = nn.Embedding(c.num_classes + 1, D)
@@ -250,12 +224,12 @@ class GPT(nn.Module):
         head_depth = c.head_depth if len(c.sub_bits) > 1 else 0
         self.head_blocks = nn.ModuleList(Block(c) for _ in range(head_depth))
         self.norm = nn.RMSNorm(D, eps=1e-5)
-        self.to_logits = nn.ModuleList(Linear(D, 2 ** n) for n in c.sub_bits)
+        self.to_logits = nn.ModuleList(nn.Linear(D, 2 ** n, bias=False) for n in c.sub_bits)
         if c.mode != "raster":
             self.merge_instruction = nn.Embedding(len(c.keeps), D)
         if c.mode == "randar":
             self.position_instruction = nn.Embedding(c.length, D)
-            to_positions = Linear(D, c.length)
+            to_positions = nn.Linear(D, c.length, bias=False)
             self.position_head = nn.Sequential(nn.RMSNorm(D, eps=1e-5), to_positions)
         # Normal(0.02). As in GPT-2, what is added to the stream n times has 0.02 / sqrt n
         for name, p in self.named_parameters():
@@ -341,11 +315,9 @@ class GPT(nn.Module):
 # -----------------------------------------------------------------------------
 # Sequences and losses of the three modes
 
-def draw_orders(config, samples, keep, generator):
+def draw_orders(samples, keep, generator):
     """An order of the merged tokens for each sample -> (samples,K): 0, then a permutation."""
-    if config.order == "raster":
-        return torch.arange(keep).expand(samples, -1)
-    u = torch.rand(samples, config.length, generator=generator)[:, :keep]
+    u = torch.rand(samples, keep, generator=generator)
     u[:, 0] = -1
     return u.argsort(dim=1)
 
@@ -355,8 +327,7 @@ def sequence(config, codes, source, keep, order=None):
     if config.mode == "raster":
         return codes, {}
     if config.mode == "mergear":
-        groups = source if config.duplicate == "source" else codes
-        return codes, dict(keep=keep, mask=mergear_mask(groups, config.window))
+        return codes, dict(keep=keep, mask=mergear_mask(source, config.window))
     first = first_position_of_token(source, keep).gather(1, order)  # (B,K)
     return codes.gather(1, first), dict(keep=keep, first=first)
 
@@ -371,10 +342,10 @@ def code_losses(logits, codes, sub_bits, label_smoothing=0.0):
         nll = nll + target_nll.detach()
     return loss, nll / math.log(2)
 
-def position_losses(logits, first, order="random"):
+def position_losses(logits, first):
     """Logits (B,K-1,L) of the next position, first (B,K) in sequence -> (loss (B,K-1), bits (B,)).
 
-    In random order each first position that remains is next with the same probability. The
+    The order is random: each first position that remains is next with the same probability. The
     cross-entropy to that uniform distribution is the expectation over all orders.
     bits: -log2 p of the set of positions. Position 0 is always there and costs nothing.
     """
@@ -385,9 +356,6 @@ def position_losses(logits, first, order="random"):
     possible = drawn_at > turn[:-1, None]  # (B,K-1,L)
     remain = possible & (drawn_at < K)
     logp = logits.float().masked_fill(~possible, -math.inf).log_softmax(-1)
-    if order == "raster":
-        loss = -logp.gather(2, first[:, 1:, None])[..., 0]
-        return loss, loss.detach().sum(1) / math.log(2)
     count = K - 1 - turn[:-1]  # positions that remain
     loss = -logp.masked_fill(~remain, 0.0).sum(-1) / count  # (B,K-1)
     # less the log2 (K-1)! bits of the order
@@ -401,8 +369,7 @@ def all_losses(model, config, codes, source, labels, keep, order, dropped=None):
     loss, bits = code_losses(logits, codes, config.sub_bits, config.label_smoothing)
     losses = dict(loss=loss.mean(1), bits=bits.mean(1))
     if config.mode == "randar":
-        position, losses["position_bits"] = position_losses(positions, inputs["first"],
-                                                            config.order)
+        position, losses["position_bits"] = position_losses(positions, inputs["first"])
         losses["position"] = position.sum(1) / keep
         losses["loss"] = losses["loss"] + config.w_position * losses["position"]
     return losses
@@ -605,8 +572,8 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
     copies = len(labels) // len(noise)
     cache = gpt.new_cache(len(labels), keep)
     rope = rope_table(gpt.config, labels.device)
-    x, x_rope = gpt.embed_prefix(labels, keep), rope[:, None, :P]  # (R,P,D), (2,1,P,D/h)
-    x_rope = x_rope.expand(-1, len(labels), -1, -1)
+    x = gpt.embed_prefix(labels, keep)  # (R,P,D)
+    rows = torch.arange(P, device=labels.device).expand(len(labels), -1)  # of the rotary table
     drawn = labels.new_zeros(len(noise), 1)  # (B,n)
     # -inf: a position that is drawn
     bias = torch.zeros(len(noise), L, device=labels.device)
@@ -615,13 +582,12 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         # feed the pairs drawn last, then the instructions of this step. These see the pairs, but
         # not each other. The next call overwrites their rows of the cache by whole pairs
         at = drawn.repeat(copies, 1)  # (R,n)
-        asked, asked_rope = gpt.position_instruction(at), rope[:, P + at]
+        asked = gpt.position_instruction(at)
         cache.limit(t + x.shape[1] + n)
         cache.begin(t, n=x.shape[1] + n, alone=n)
         t += x.shape[1]
-        rows = torch.cat([x, asked], dim=1)
-        rows_rope = torch.cat([x_rope, asked_rope], dim=2)[:, :, None]
-        h = gpt.run_blocks(rows, rows_rope, cache)[:, -n:]  # (R,n,D)
+        x, rows = torch.cat([x, asked], dim=1), torch.cat([rows, P + at], dim=1)
+        h = gpt.run_blocks(x, rope[:, rows][:, :, None], cache)[:, -n:]  # (R,n,D)
         u = noise[:, known:known + n]
         picked = pick_codes(gpt, h, u, scales[s], filters)  # (B,n)
         codes.append(picked)
@@ -631,15 +597,13 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
             return torch.cat(codes, dim=1), torch.cat(first, dim=1)
         answer = gpt.embed_codes(picked.repeat(copies, 1))
         x = torch.stack([asked, answer], dim=2).flatten(1, 2)  # (R,2n,D)
-        x_rope = asked_rope.repeat_interleave(2, dim=2)  # (2,R,2n,D/h)
+        rows = (P + at).repeat_interleave(2, dim=1)  # (R,2n)
         # the n largest of logits + Gumbel noise are n draws without replacement (1903.06059)
         bias.scatter_(1, drawn, -math.inf)
         # asked at the last instruction. It knows neither the codes just drawn nor the other
         # positions of this step: `bias` forbids to draw them again
         logits = gpt.position_head(h[:, -1]).float()  # (R,L)
-        # in raster order small errors of the guided positions would add up
-        scale = scales[s + 1] if gpt.config.order == "random" else 1.0
-        logits = guide(logits, scale) if copies == 2 else logits  # (B,L)
+        logits = guide(logits, scales[s + 1]) if copies == 2 else logits  # (B,L)
         logits = logits / position_temperature + bias
         gumbel = -(-position_noise[:, s].clamp(min=1e-9).log()).log()  # (B,L)
         drawn = (logits + gumbel).topk(counts[s + 1]).indices
@@ -657,7 +621,6 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=-1.0, top_k=0, top_p=1.0, see
     """
     c, device = gpt.config, gpt.mask_embed.device
     assert not gpt.training, "sample from a model in eval mode"
-    assert steps is None or c.mode == "randar", f"steps {steps} in {c.mode} mode"
     keep = c.keep if keep is None else keep
     counts = arccos_steps(keep, steps) if c.mode == "randar" else [1] * c.length
     known = itertools.accumulate(counts)
@@ -665,23 +628,19 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=-1.0, top_k=0, top_p=1.0, see
     scales = [1 + (cfg - 1) * n / sum(counts) if grow else cfg for n in known]
     temperature = TEMPERATURE[c.mode] if temperature < 0 else temperature
     filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-    # all randomness, drawn for each sample from its own generator
-    wide = torch.float32 if device.type == "mps" else torch.float64
     generators = [seeded(seed, start + i) for i in range(len(labels))]
-    size = c.length, len(c.sub_bits)
-    noise = [torch.rand(size, dtype=wide, generator=g) for g in generators]
-    noise = torch.stack(noise)  # (B,L,S)
-    noise = noise.to(device, non_blocking=True)
-    labels = labels.to(device)
+
+    def uniform(*size):  # each sample has a generator of its own
+        noise = torch.stack([torch.rand(size, generator=g) for g in generators])
+        return noise.to(device, non_blocking=True)
+
+    noise, labels = uniform(c.length, len(c.sub_bits)), labels.to(device)  # (B,L,S)
     if cfg != 1.0:
         labels = torch.cat([labels, torch.full_like(labels, gpt.null_class)])  # (2B,)
     if c.mode != "randar":
         codes = sample_in_order(gpt, labels, keep, noise, scales, filters)
         return codes, torch.arange(c.length, device=device).expand_as(codes)
-    size = len(counts), c.length
-    position_noise = [torch.rand(size, generator=g) for g in generators]
-    position_noise = torch.stack(position_noise)  # (B,steps,L)
-    position_noise = position_noise.to(device, non_blocking=True)
+    position_noise = uniform(len(counts), c.length)  # (B,steps,L)
     codes, first = sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales,
                                    filters, position_temperature)
     first, order = first.sort(dim=1)
@@ -706,98 +665,59 @@ def load_generator(path, device="cpu"):
     return gpt, tokenizer_from_state(state["tokenizer"], device)
 
 # -----------------------------------------------------------------------------
-# The code cache: V views of N images, encoded once, in memory-mapped int32 files.
-#   codes.npy (V N,2,L): code and source | labels.npy (V N,2): class and K | meta.json: made from
-# A view is stored in a random order of its own, so that 64 rows of one K hold many classes.
+# The code cache: V views of N images, encoded once. Its file holds int32, a row for each view of
+# each image: L codes, L of source, class. A view is stored in a random order of its own, so that
+# 64 rows of one K hold many classes.
 
 BLOCK = 64  # rows that are encoded together, with one K
 
-class CodeDataset:
-    """ds[rows] -> codes, source (n,L), labels (n,). Rows below len(ds): centre crops, target K."""
-    def __init__(self, folder):
-        try:
-            with open(f"{folder}/meta.json") as file:
-                self.meta = json.load(file)
-            self.codes = np.load(f"{folder}/codes.npy", mmap_mode="r")
-            self.labels, self.keep = np.load(f"{folder}/labels.npy").T
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"the code cache {folder} is damaged ({error}): delete that folder")
-
-    def __len__(self):
-        return len(self.keep) // self.meta["views"]
-
-    def __getitem__(self, rows):
-        codes, source = torch.from_numpy(self.codes[rows]).long().unbind(1)
-        return codes, source, torch.from_numpy(self.labels[rows]).long()
-
 @torch.no_grad()
-def open_codes(folder, dataset, tokenizer, config, run, views, sample_k, replace=False):
-    """The CodeDataset in `folder`, made now if it is not there, or to `replace` it. sample_k: views
-    after the first draw K as stage 1 does. Raises UserError when it was made from other things."""
-    t = dataclasses.replace(tokenizer.config, seed=config.seed)
-    kinds = f"{t.keep_sampling} of {keep_distribution(t)[0]}" if sample_k else "target"
-    meta = dict(
-        tokenizer=weights_hash(tokenizer.state_dict())[:12],
-        data=dataset.digest()[:12],
-        views=views, seed=config.seed, keep=t.keep, keeps=kinds)
-    there = os.path.exists(f"{folder}/meta.json") and not replace
-    found = CodeDataset(folder).meta if there else meta
-    for name in meta:
-        if found.get(name) != meta[name]:
-            raise UserError(f"the code cache {folder} was made with {name} {found.get(name)}, "
-                            f"this run has {name} {meta[name]}: delete that folder, or "
-                            "pass --overwrite where it belongs to this run")
+def open_codes(dataset, tokenizer, config, run, views, sample_k):
+    """-> (file (V N,2L+1) as a memory map, K of each row (V N,)). sample_k: views after the first
+    draw K as stage 1 does. The file's name is a hash of all that its rows depend on: it is made
+    once, and runs share it."""
+    t, N = dataclasses.replace(tokenizer.config, seed=config.seed), len(dataset)
+    blocks = [(view, i) for view in range(views) for i in range(0, N, BLOCK)]
+    keeps = [sample_keep(t, b) if sample_k and view > 0 else t.keep
+             for b, (view, _) in enumerate(blocks)]
+    keep_of_row = np.repeat(keeps, [min(BLOCK, N - i) for _, i in blocks])
+    made_from = weights_hash(tokenizer.state_dict()), dataset.digest(), t.seed, keeps
+    name = hashlib.sha256(str(made_from).encode()).hexdigest()[:16]
+    path = f"{config.cache}/{name}.npy"
+    there = os.path.exists(path)
     run.barrier()  # all ranks have looked before one of them writes
-    if there:
-        return CodeDataset(folder)
+    if not there:
+        # encode in float32, split over the ranks, into a file of this run's own; then rename it
+        own = hashlib.sha256(os.path.abspath(config.out).encode()).hexdigest()[:8]
+        if run.main:
+            make_folder(config.cache, "--cache")
+            new_array(f"{path}.{own}", np.int32, (views * N, 2 * t.length + 1))
+        run.barrier()
+        table = np.load(f"{path}.{own}", "r+")
+        orders = [np.random.default_rng([t.seed, view]).permutation(N) for view in range(views)]
+        mine = range(run.rank, len(blocks), run.world)
+        keys = [[View(image, view) for image in orders[view][i:i + BLOCK].tolist()]
+                for view, i in blocks[run.rank::run.world]]
+        stream = load_batches(dataset, keys, run, loader_workers(config))
+        for b in tqdm(mine, f"encoding into {path}", disable=not run.main):
+            images, labels = next(stream)
+            encoded = tokenizer.encode(images, keeps[b])
+            codes = encoded.codes.gather(1, encoded.source)  # (n,L)
+            rows = torch.cat([codes, encoded.source, labels[:, None]], dim=1)
+            view, i = blocks[b]
+            table[view * N + i:view * N + i + len(rows)] = rows.cpu()
+        table.flush()
+        run.barrier()
+        if run.main:
+            os.replace(f"{path}.{own}", path)
+        run.barrier()
+    return np.load(path, mmap_mode="r"), keep_of_row
 
-    # encode into a temporary folder, split over the ranks, in float32; then rename it. Its name
-    # is the run's own, as two runs may share --cache
-    own = hashlib.sha1(os.path.abspath(config.out).encode()).hexdigest()[:8]
-    N, new = len(dataset), f"{folder}.{own}.tmp"
-    shapes = dict(codes=(views * N, 2, t.length), labels=(views * N, 2))
-    if run.main:
-        shutil.rmtree(new, ignore_errors=True)
-        make_folder(new, "--cache")
-        for name, shape in shapes.items():
-            new_array(f"{new}/{name}.npy", np.int32, shape)
-    run.barrier()
-    codes_file, labels_file = (np.load(f"{new}/{name}.npy", "r+") for name in shapes)
-    blocks = []  # (first row, K, images); block b goes to rank b % world
-    for view in range(views):
-        order = np.random.default_rng([config.seed, view]).permutation(N).tolist()
-        for i in range(0, N, BLOCK):
-            keep = sample_keep(t, len(blocks)) if sample_k and view > 0 else t.keep
-            keys = [View(image, view) for image in order[i:i + BLOCK]]
-            blocks.append((view * N + i, keep, keys))
-    mine = tqdm(blocks[run.rank::run.world], f"encoding {folder}", disable=not run.main)
-    keys = [keys for _, _, keys in mine.iterable]
-    stream = load_batches(dataset, keys, run, loader_workers(config))
-    for (start, keep, _), (images, labels) in zip(mine, stream):
-        encoded = tokenizer.encode(images, keep)
-        codes = encoded.codes.gather(1, encoded.source)  # (n,L)
-        rows = slice(start, start + len(images))
-        codes_file[rows] = torch.stack([codes, encoded.source], dim=1).cpu()
-        labels_file[rows] = torch.stack([labels, torch.full_like(labels, keep)], dim=1).cpu()
-    codes_file.flush()
-    labels_file.flush()
-    run.barrier()
-    if run.main:
-        with open(f"{new}/meta.json", "w") as file:
-            json.dump(meta, file)
-        if os.path.exists(f"{folder}/meta.json") and not replace:  # another run was faster
-            shutil.rmtree(new)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.rename(new, folder)
-    run.barrier()
-    return CodeDataset(folder)
-
-def code_batches(codes, t, config, run, step, sample_k):
+def code_batches(table, keep_of_row, t, config, run, step, sample_k):
     """Endless micro-batches (codes, source, labels, K) of this rank, a function of (seed, step).
     A step has one K, drawn as in stage 1. t: the tokenizer's config."""
     t = dataclasses.replace(t, seed=config.seed)
-    rows_with = {int(K): np.flatnonzero(codes.keep == K) for K in np.unique(codes.keep)}
+    rows_with = {int(K): np.flatnonzero(keep_of_row == K) for K in np.unique(keep_of_row)}
     micro = micro_batch(config, run)
     while True:
         K = sample_keep(t, step) if sample_k else t.keep
@@ -807,8 +727,10 @@ def code_batches(codes, t, config, run, step, sample_k):
         rows = rows_with[K][places.numpy()]
         for micro_step in range(config.accum):
             start = (micro_step * run.world + run.rank) * micro
-            batch = codes[rows[start:start + micro]]
-            yield *(x.to(run.device, non_blocking=True) for x in batch), K
+            batch = torch.from_numpy(table[rows[start:start + micro]])
+            batch = batch.to(run.device, non_blocking=True).long()  # (b,2L+1)
+            codes, source, labels = batch.split([t.length, t.length, 1], dim=1)
+            yield codes, source, labels[:, 0], K
         step += 1
 
 # -----------------------------------------------------------------------------
@@ -818,16 +740,13 @@ CURVES = ("loss", "bits", "val_bits", "position", "position_bits", "val_position
           "grad_norm", "lr")
 
 @torch.no_grad()
-def evaluate(gpt, dataset, config, run):
+def evaluate(gpt, val_codes, config, run):
     """Bits per code, and randar's bits per set of positions, on validation images at target K."""
     names = ["bits", "position_bits"] if config.mode == "randar" else ["bits"]
     # one order for all images
-    order = draw_orders(config, 1, config.keep, seeded(0)).to(run.device)
-    rows = subset(len(dataset), 1000)[run.rank::run.world]
-    size = micro_batch(config, run)
+    order = draw_orders(1, config.keep, seeded(0)).to(run.device)
     results = [torch.zeros(0, len(names), device=run.device)]  # a rank may have no image
-    for i in range(0, len(rows), size):
-        batch = [x.to(run.device) for x in dataset[rows[i:i + size]]]
+    for batch in val_codes:
         orders = order.expand(len(batch[0]), -1)
         with run.autocast():
             losses = all_losses(gpt, config, *batch, config.keep, orders)
@@ -844,36 +763,34 @@ def draw_samples(gpt, tokenizer, config, path, num=20):
     image_grid(images.cpu(), path, labels=names)
 
 def main(argv=None):
-    flags = parse_config(GPTFlags, __doc__, argv, MODELS, "model")
+    config = parse_config(GPTConfig, __doc__, argv, MODELS, "model")
     # a run has its tokenizer in its own checkpoint
-    if flags.resume:
-        made = load_checkpoint(f"{flags.out}/ckpt.pt", "generator")["tokenizer"]
+    if config.resume:
+        made = load_checkpoint(f"{config.out}/ckpt.pt", "generator")["tokenizer"]
     else:
-        made = load_checkpoint(flags.tokenizer, "tokenizer")
+        made = load_checkpoint(config.tokenizer, "tokenizer")
     made = dict(config=made["config"], ema=made["ema"])
     tokenizer = tokenizer_from_state(made)
     t = tokenizer.config
-    flags.data = flags.data or t.data
-    train_set = build_dataset(flags.data, "train", t.size, True, flags.seed, flags.labels)
-    val_set = build_dataset(flags.data, "val", t.size, False, labels=flags.labels)
-    steps = flags.epochs * len(train_set) // flags.batch_size
-    flags.max_steps = flags.max_steps or max(1, steps)
-    config = GPTConfig(**vars(flags), bits=t.bits, length=t.length, keep=t.keep,
-                       keeps=tuple(keep_distribution(t)[0]), num_classes=train_set.num_classes,
-                       class_names=tuple(train_set.class_names))
+    config.data = config.data or t.data
+    train_set = build_dataset(config.data, "train", t.size, True, config.seed, config.labels)
+    val_set = build_dataset(config.data, "val", t.size, False, labels=config.labels)
+    steps = config.epochs * len(train_set) // config.batch_size
+    config.max_steps = config.max_steps or max(1, steps)
+    config.cache = config.cache or f"{os.path.dirname(config.tokenizer)}/codes"
+    config = dataclasses.replace(
+        config, bits=t.bits, length=t.length, keep=t.keep, keeps=tuple(keep_distribution(t)[0]),
+        num_classes=train_set.num_classes, class_names=tuple(train_set.class_names))
     run = start_run(config)
     micro = micro_batch(config, run)
-    fixed = "mode", "heads", "window", "duplicate", "order"
-    state = open_out(config, run, "generator", fixed)
+    state = open_out(config, run, "generator", ("mode", "heads", "window"))
     tokenizer.to(run.device)
-    folder = config.cache or f"{config.out}/codes"
     sample_k = config.mode != "raster"
-    # a cache of this run goes with it; one that --cache names may serve others
-    replace = config.overwrite and not config.resume and not config.cache
-    common = dict(tokenizer=tokenizer, config=config, run=run, replace=replace)
-    train_codes = open_codes(f"{folder}/train", train_set, **common, views=config.views,
-                             sample_k=sample_k)
-    val_codes = open_codes(f"{folder}/val", val_set, **common, views=1, sample_k=False)
+    codes = open_codes(train_set, tokenizer, config, run, config.views, sample_k)
+    val_codes = []
+    for images, labels in val_batches(val_set, 1000, 64, run, loader_workers(config)):
+        encoded = tokenizer.encode(images)
+        val_codes.append((encoded.codes.gather(1, encoded.source), encoded.source, labels))
 
     torch.manual_seed(config.seed)  # the same weights on every rank
     raw_model = GPT(config).to(run.device)
@@ -894,7 +811,7 @@ def main(argv=None):
               f"K = {config.keep}; {config.max_steps} steps of {config.batch_size}; "
               f"train {train_set.describe()}; val {val_set.describe()}")
 
-    stream = code_batches(train_codes, t, config, run, step, sample_k)
+    stream = code_batches(*codes, t, config, run, step, sample_k)
     metrics = Metrics(config, run, step, CURVES)
     stop, stopping = catch_signals(), False
     while True:
@@ -925,7 +842,7 @@ def main(argv=None):
         raw_model.train()
         for micro_step in range(config.accum):
             codes, source, labels, keep = next(stream)  # (B,L), (B,L), (B,)
-            orders = draw_orders(config, config.batch_size, keep, seeded(config.seed, step, 7))
+            orders = draw_orders(config.batch_size, keep, seeded(config.seed, step, 7))
             # this rank's rows of the global batch
             start = (micro_step * run.world + run.rank) * micro
             dropped, nameless, order = (x[start:start + micro].to(run.device, non_blocking=True)

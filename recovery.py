@@ -21,7 +21,6 @@ take it as --ckpt.
 
 import copy
 import dataclasses
-import os
 from collections import defaultdict
 
 import torch
@@ -106,9 +105,9 @@ def main(argv=None):
     state = open_out(config, run, "generator")
     gpt.to(run.device)
     tokenizer.to(run.device)
-    folder = config.cache or g.cache or f"{os.path.dirname(config.generator)}/codes"
+    config.cache = config.cache or g.cache or f"{config.out}/codes"
     same_seed = dataclasses.replace(config, seed=g.seed)  # a cache is tied to its seed
-    codes_set = open_codes(f"{folder}/train", train_set, tokenizer, same_seed, run, g.views, True)
+    codes = open_codes(train_set, tokenizer, same_seed, run, g.views, True)
 
     # the tokenizer's own recovery becomes the average of the weights that are trained
     ema = tokenizer.recovery
@@ -124,7 +123,7 @@ def main(argv=None):
     if config.compile:
         raw_model.compile()
     model = parallel(raw_model, run)
-    stream = code_batches(codes_set, t, config, run, step, True)
+    stream = code_batches(*codes, t, config, run, step, True)
     metrics = Metrics(config, run, step, ("loss", "accuracy", "val_accuracy", "val_psnr"))
     stop, stopping = catch_signals(), False
     while True:
@@ -155,7 +154,7 @@ def main(argv=None):
             codes, source, labels, keep = next(stream)  # codes, source (B,L)
             # random numbers for the global batch, of which this rank takes its rows
             shape, dice = (config.batch_size, keep), seeded(config.seed, step, 8)
-            draws = (draw_orders(g, *shape, dice), torch.rand(shape, generator=dice),
+            draws = (draw_orders(*shape, dice), torch.rand(shape, generator=dice),
                      torch.rand(*shape, len(g.sub_bits), generator=dice))
             rows = (micro_step * run.world + run.rank) * micro
             draws = [x[rows:rows + micro].to(run.device, non_blocking=True) for x in draws]

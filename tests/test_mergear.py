@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mergear
-from data import UserError, seeded
+from data import seeded
 from mergear import (GPT, MODELS, MODES, GPTConfig, code_losses, draw, draw_orders, guide,
                      join_codes, load_generator, mergear_mask, position_losses, rope_table,
                      sample_codes, sequence, split_codes)
@@ -164,17 +164,6 @@ def test_set_loss_is_the_average_over_all_orders():
     expected = ordered / math.log(2) - math.log2(math.factorial(3))
     assert sum(bits) / 6 == pytest.approx(expected, abs=1e-5)
 
-def test_raster_order_predicts_the_next_position():
-    """Orders that are not ascending, a target that is not the next position."""
-    config = GPTConfig(mode="randar", order="raster", length=9)
-    assert draw_orders(config, 2, 4, seeded(0)).tolist() == [[0, 1, 2, 3]] * 2
-    logits = torch.randn(1, 3, 9, generator=seeded(1))
-    loss, bits = position_losses(logits, torch.tensor([[0, 2, 5, 7]]), "raster")
-    for k, (gone, after) in enumerate((([0], 2), ([0, 2], 5), ([0, 2, 5], 7))):
-        expected = logits[0, k].index_fill(0, torch.tensor(gone), -math.inf)
-        torch.testing.assert_close(loss[0, k], -expected.log_softmax(0)[after])
-    torch.testing.assert_close(bits[0], loss.sum() / math.log(2))
-
 @pytest.mark.parametrize("bits", [4, 11])
 def test_dense_cache_equals_full_forward(bits):
     """A wrong rotary position, a garbage row, samples that mix."""
@@ -277,7 +266,7 @@ def test_sequence_of_randar():
     inputs, rest = sequence(config, codes, source, 3, order)
     assert inputs.tolist() == [[5, 9, 3], [7, 7, 1]]
     assert rest["first"].tolist() == [[0, 12, 4], [0, 4, 8]]
-    orders = draw_orders(config, 500, 4, seeded(0))
+    orders = draw_orders(500, 4, seeded(0))
     assert (orders[:, 0] == 0).all() and (orders.sort(1).values == torch.arange(4)).all()
     assert len({tuple(row) for row in orders.tolist()}) == 6
 
@@ -451,7 +440,7 @@ def test_division_changes_nothing(place):
     settings = dict(max_steps=2, mode="randar")
     one, a = train(place, "one", **settings)
     parts, b = train(place, "parts", **settings, accum=4)
-    two_ranks(f"{ROOT}/mergear.py", flags(place, "two", **settings))
+    two_ranks(f"{ROOT}/mergear.py", flags(place, "two", **settings, cache=place / "others"))
     two, c = read(place / "two")
     assert close(one["model"], parts["model"]) and close(one["model"], two["model"])
     # AdamW would hide a wrong scale
@@ -459,44 +448,45 @@ def test_division_changes_nothing(place):
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-3)
     for name in ("val_bits", "val_position_bits"):
         assert a[-1][name] == pytest.approx(c[-1][name], abs=1e-3)
-    for name in ("train/codes.npy", "train/labels.npy", "val/codes.npy", "val/labels.npy"):
-        files = [place / run / "codes" / name for run in ("one", "two")]
-        assert files[0].read_bytes() == files[1].read_bytes()
+    made, = (place / "others").iterdir()
+    assert made.read_bytes() == (place / "codes" / made.name).read_bytes()
 
 @pytest.fixture(scope="module")
 def cached(place):
     """A generator, its tokenizer and their code cache: 8 views in blocks of one K."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mergear, "BLOCK", 8)
-        train(place, "cached", views=8, max_steps=1)
-    codes = mergear.CodeDataset(place / "cached/codes/train")
-    return *load_generator(place / "cached/ckpt.pt"), codes
+        train(place, "cached", views=8, max_steps=1, cache=place / "eight")
+        gpt, tokenizer = load_generator(place / "cached/ckpt.pt")
+        run = mergear.start_run(dataclasses.replace(gpt.config, device="cpu"))
+        images = mergear.build_dataset(tokenizer.config.data, "train", 8, train=True)
+        codes = mergear.open_codes(images, tokenizer, gpt.config, run, 8, True)
+    assert len(list((place / "eight").iterdir())) == 1  # found again
+    return gpt, tokenizer, run, images, codes
 
 def test_code_cache_holds_what_the_tokenizer_says(cached):
     """Codes stored before recovery, rows of the wrong image or K; a K that only one class sees."""
-    _, tokenizer, codes = cached
-    images = mergear.build_dataset(tokenizer.config.data, "train", 8, train=True)
-    assert len(codes) == len(images) == 24 and len(codes.keep) == 192
-    assert (codes.keep[:24] == 6).all() and set(codes.keep.tolist()) == {4, 6, 16}
+    _, tokenizer, _, images, (table, keeps) = cached
+    codes, source, labels = table[:, :16], table[:, 16:32], table[:, 32]
+    assert len(images) == 24 and len(table) == len(keeps) == 192
+    assert (keeps[:24] == 6).all() and set(keeps.tolist()) == {4, 6, 16}
     wanted = []
     for i in range(24):
         image, label = images.view(i, 0)
-        found, source, *_ = tokenizer.encode(image[None], 6)
-        wanted.append((found.gather(1, source)[0].tolist(), source[0].tolist(), label))
-    rows = zip(*(column.tolist() for column in codes[list(range(24))]))
+        found, true, *_ = tokenizer.encode(image[None], 6)
+        wanted.append((found.gather(1, true)[0].tolist(), true[0].tolist(), label))
+    rows = zip(*(column[:24].tolist() for column in (codes, source, labels)))
     assert sum(row in wanted for row in rows) >= 20  # a bit near 0 may flip by rounding
-    assert 0 < codes[list(range(8))][2].sum() < 8  # one block holds both classes
-    sources = codes[list(range(192))][1]
-    assert [len(row.unique()) for row in sources] == codes.keep.tolist()
+    assert 0 < labels[:8].sum() < 8  # one block holds both classes
+    assert [len(set(row)) for row in source.tolist()] == keeps.tolist()
 
 def test_a_training_batch_has_one_merge_count(cached):
     """Steps that mix K, ignore the drawn K, or depend on how a batch is divided."""
-    gpt, tokenizer, codes = cached
-    run = mergear.start_run(dataclasses.replace(gpt.config, device="cpu"))
+    gpt, tokenizer, run, _, codes = cached
 
     def stream(step, sample_k=True, rank=0, world=1):
         part = run._replace(rank=rank, world=world)
-        return mergear.code_batches(codes, tokenizer.config, gpt.config, part, step, sample_k)
+        return mergear.code_batches(*codes, tokenizer.config, gpt.config, part, step, sample_k)
 
     whole, kept = stream(0), []
     for step in range(20):
@@ -509,28 +499,25 @@ def test_a_training_batch_has_one_merge_count(cached):
     assert len(set(kept)) > 1 and kept.count(6) > 8
     assert {next(stream(step, False))[-1] for step in range(9)} == {6}
 
-def test_wrong_code_cache_is_refused(place):
-    """Training on another tokenizer's codes, or on moved images: one line with both values. And
-    --overwrite that replaces a cache which other runs share, or keeps this run's own."""
-    settings = dict(max_steps=1, cache=place / "shared")
-    train(place, "first", **settings)
+def test_code_caches_are_told_apart(place):
+    """Training on another tokenizer's codes, on moved images, on K drawn otherwise; codes that
+    are made again."""
+    cache, settings = place / "shared", dict(max_steps=1, views=8, cache=place / "shared")
     save_tokenizer(place / "other.pt", seed=1, **settings_of(place))
-    two_values = r"with tokenizer \w{12}, this run has tokenizer \w{12}: delete"
-    with pytest.raises(UserError, match=two_values):
-        train(place, "second", **settings, tokenizer=place / "other.pt")
-    train(place, "fourth", **settings)  # the right one is used again
     moved = place / "images/train/a/0.png"
+
+    def files_after(name, **flags):
+        train(place, name, **settings, **flags)
+        return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+    first = files_after("first")
+    assert len(first) == 1 and files_after("again", mode="randar") == first
+    assert len(files_after("second", tokenizer=place / "other.pt")) == 2
+    assert len(files_after("third", mode="raster")) == 3
     os.rename(moved, place / "images/train/b/moved.png")
-    for flag in ({}, dict(overwrite=True)):
-        with pytest.raises(UserError, match="with data .* --overwrite"):
-            train(place, "first" if flag else "fifth", **settings, **flag)
-    train(place, "own", max_steps=1)
+    assert len(files_after("fourth")) == 4
     os.rename(place / "images/train/b/moved.png", moved)
-    train(place, "own", max_steps=1, overwrite=True)
-    labels = place / "own/codes/train/labels.npy"
-    labels.write_bytes(labels.read_bytes()[:100])
-    with pytest.raises(UserError, match="is damaged"):
-        train(place, "own", max_steps=2, resume=True)
+    assert len(files_after("fifth", seed=1)) == 5
 
 def test_unlabelled_images(place):
     """Class ids out of range without classes: the null class is then id 0, the only one."""

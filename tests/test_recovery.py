@@ -89,7 +89,7 @@ def test_teacher_forced_codes_are_by_position():
     first = torch.arange(K)
     source = torch.cat([first, first.new_full((L - K,), K - 1)]).expand(B, L)
     codes = torch.randint(2 ** 11, (B, K), generator=dice)
-    order = mergear.draw_orders(Oracle.config, B, K, dice)
+    order = mergear.draw_orders(B, K, dice)
     noise = torch.rand(B, K, len(Oracle.config.sub_bits), generator=dice)
     labels = torch.zeros(B, dtype=torch.long)
     inputs = codes.gather(1, source), source, labels, K, order, noise
