@@ -271,7 +271,7 @@ class FIDInception(nn.Module):
 def load_inception(path, device="cpu", shrink=1):
     """pytorch-fid's weight file, or `download` -> FIDInception, frozen. Raises UserError."""
     net = FIDInception(shrink)
-    return load_weights("inception", path, net, unused=("num_batches_tracked",)).to(device)
+    return load_weights("inception", path, net).to(device)
 
 # -----------------------------------------------------------------------------
 # Features: what a fixed network sees in an image, and all that distances and scores look at

@@ -20,8 +20,6 @@ of the K tokens stands for it:
                                                   `-> source (B,L) in [0,K)
     codes, source -> bits (B,K,d) -> one gather -> (B,L,d) -> transformer, CNN -> image
 
-In reading order: config, token merging, LFQ, networks, source recovery, the model, losses,
-evaluation, training; appendix: LPIPS, DINOv2 and their weight files.
 Axis letters: B batch, L full tokens, K kept tokens, D width, d code bits, N tokens at this
 layer, M tokens after a merge, h heads, C any channels.
 """
@@ -29,7 +27,6 @@ layer, M tokens after a merge, h heads, C any channels.
 import copy
 import dataclasses
 import functools
-import hashlib
 import importlib.util
 import math
 import os
@@ -45,7 +42,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import (AUGMENT_DRAWS, Metrics, RunConfig, UserError, adamw, arg, augment, batches,
-                  build_dataset, catch_signals, end_run, image_grid, learning_rate,
+                  build_dataset, catch_signals, end_run, gather_rows, image_grid, learning_rate,
                   load_checkpoint, load_parts, loader_workers, mean_over_ranks, micro_batch,
                   open_out, parallel, parse_config, presets, run_main, save_checkpoint, seeded,
                   start_run, step_if_finite, subset, update_ema, val_batches)
@@ -73,7 +70,6 @@ class TokenizerConfig(RunConfig):
     width: int = arg(       96,     512,  512,  768, help="encoder transformer width D", low=8)
     depth: int = arg(       3,      12,   12,   12, help="encoder transformer blocks", low=1)
     heads: int = arg(       4,      8,    8,    12, help="encoder attention heads", low=1)
-    dec_width: int = arg(   96,     512,  512,  512, help="decoder transformer width", low=8)
     dec_depth: int = arg(   2,      12,   12,   12, help="decoder transformer blocks", low=1)
     dec_heads: int = arg(   4,      8,    8,    8, help="heads of decoder and recovery", low=1)
     recovery_width: int = arg(96,   384,  384,  384, help="source recovery width", low=8)
@@ -150,11 +146,8 @@ def merge_schedule(full, keep, depth):
     """How many tokens each block merges: r_i ~ (depth - i)^2, summing to full - keep.
 
     Square decreasing (paper A.1). At most half of the tokens can merge in one block; the rest is
-    carried to the next. Raises UserError when `depth` halvings cannot reach `keep`.
+    carried to the next. Raises UserError when that cannot reach `keep`.
     """
-    if keep > full:
-        raise UserError(f"an image has {full} tokens, not {keep}: pass --keep and --keeps of at "
-                        f"most {full}")
     weights = [(depth - i) ** 2 for i in range(depth)]
     schedule, merged = [], 0
     for i in range(depth):
@@ -162,9 +155,9 @@ def merge_schedule(full, keep, depth):
         r = min(aim - merged, (full - merged) // 2)
         schedule.append(r)
         merged += r
-    if keep < 1 or merged != full - keep:
-        raise UserError(f"{depth} blocks cannot merge {full} tokens to {keep}, as each at most "
-                        f"halves them: pass a larger --keep, up to {full}")
+    if not 1 <= keep <= full or merged != full - keep:
+        raise UserError(f"{depth} blocks, which at most halve the tokens, cannot merge {full} to "
+                        f"{keep}: pass --keep and --keeps from {-(-full // 2 ** depth)} to {full}")
     return schedule
 
 @torch.no_grad()
@@ -283,14 +276,15 @@ class BitNorm(nn.Module):
     training loop moves `stats`, which evaluation uses, a tenth of the way towards them.
     """
 
-    def __init__(self, d):
+    def __init__(self, d, on):
         super().__init__()
+        self.on = on
         self.register_buffer("stats", torch.stack([torch.zeros(d), torch.ones(d)]))
 
     def forward(self, z):
-        """z (B,K,d) -> normalised (B,K,d), mean and variance (2,d)."""
-        mean, var = self.stats
-        if self.training:
+        """z (B,K,d) -> normalised (B,K,d) in float32, mean and variance (2,d)."""
+        z, (mean, var) = z.float(), self.stats
+        if self.training and self.on:
             moments = torch.stack([z.mean((0, 1)), z.square().mean((0, 1))])
             mean, square = mean_over_ranks(moments)
             var = (square - mean.square()).clamp_min(0)
@@ -488,8 +482,7 @@ class Encoder(nn.Module):
         source, x = source - 1, self.norm(x)                                 # (B,1+K,D)
         # put the tokens in the order of their new labels
         new_source = canonical_source(source, keep)
-        old_label = torch.zeros(B, keep, dtype=torch.long, device=x.device)
-        old_label.scatter_(1, new_source, source)  # of each new label
+        old_label = source.gather(1, first_position_of_token(new_source, keep))
         tokens = unmerge(x[:, 1:], old_label)                                # (B,K,D)
         return self.to_bits(tokens), new_source, x[:, 0], tokens
 
@@ -518,7 +511,7 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.grad_ckpt = config.grad_ckpt
-        c = config.dec_width
+        c = config.base * config.mult[-1]
         self.conv_in = nn.Conv2d(config.bits, c, 3, padding=1)
         self.position = nn.Conv2d(c, c, 3, padding=1, groups=c)
         blocks = [Block(c, config.dec_heads, mix=True) for _ in range(config.dec_depth)]
@@ -642,15 +635,14 @@ class MergeVQ(nn.Module):
         assert c.size % scale == 0, f"--size {c.size} is not a multiple of {scale}"
         assert c.patch in (0, scale), f"--patch {c.patch}: the decoder upsamples by {scale}"
         assert c.width % c.heads == 0, f"--width {c.width} % --heads {c.heads}"
-        for width in (c.dec_width, c.recovery_width):
+        for width in (top, c.recovery_width):
             assert width % c.dec_heads == 0, f"decoder width {width} % --dec-heads {c.dec_heads}"
-        assert c.dec_width == top, f"--dec-width {c.dec_width}, --base x last --mult {top}"
         assert c.patch or c.width == top, f"--width {c.width}, --base x last --mult {top}"
         for keep in (c.keep, *c.keeps):
             merge_schedule(c.length, keep, c.depth)  # raises UserError where K is out of reach
         self.config = config
         self.encoder = Encoder(config)
-        self.bit_norm = BitNorm(config.bits) if config.bit_norm else None
+        self.bit_norm = BitNorm(config.bits, config.bit_norm)
         self.decoder = Decoder(config)
         self.recovery = SourceRecovery(config)
         D = config.width
@@ -692,16 +684,11 @@ class MergeVQ(nn.Module):
         waves = torch.cat([angle.sin(), angle.cos()], dim=-1)[:, :D]
         self.recovery.queries.copy_(waves / 2)
 
-    def normalise(self, z):
-        """Bits before their sign (B,K,d), in float32 -> (normalised, statistics or None)."""
-        with torch.autocast(z.device.type, enabled=False):
-            return (z.float(), None) if self.bit_norm is None else self.bit_norm(z.float())
-
     def encode(self, images, keep=None):
         """images (B,3,H,W) in [-1,1], keep K (default: the config's target) -> Encoded."""
         keep = self.config.keep if keep is None else keep
         z, source, cls, _ = self.encoder(images, keep)
-        z, _ = self.normalise(z)
+        z, _ = self.bit_norm(z)
         return Encoded(bits_to_codes(z), source, z, cls.float())
 
     def decode(self, codes, source):
@@ -723,7 +710,7 @@ class MergeVQ(nn.Module):
         """The pass that trains: gradients cross the quantiser straight through. With a `view`
         (B,3,H,W) of the images, that is what is aligned."""
         z, source, cls, _ = self.encoder(images, keep)
-        z, bit_stats = self.normalise(z)
+        z, bit_stats = self.bit_norm(z)
         q = quantise(z)                                                      # (B,K,d)
         out = self.decoder(unmerge(q, source)).float()                       # (B,3,H,W)
         recovery = self.recovery(q, first_position_of_token(source, keep))   # (B,L,K)
@@ -758,8 +745,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        side = config.size // 2 ** config.disc_layers
-        assert side >= 3, f"--disc-layers {config.disc_layers} leave {side} of {config.size} px"
         c = config.disc_base
         layers = [nn.Conv2d(3, c, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i in range(1, config.disc_layers + 1):
@@ -801,12 +786,6 @@ def perceptual_stub(a, b):
 
 PERCEPTUAL = {"stub": perceptual_stub, "none": lambda a, b: (a - b).mean() * 0}
 
-def entropy_loss(z):
-    """LFQ's entropy terms, z (B,K,d) -> (loss, per-sample entropy, codebook entropy), nats.
-    It is low when each token is certain and the codes are used equally."""
-    per_sample, codebook = lfq_entropy(z)
-    return per_sample - codebook, per_sample, codebook
-
 def hinge_loss(real, fake):
     """Hinge loss of the discriminator's logits (1705.02894)."""
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
@@ -817,13 +796,12 @@ def lecam_loss(real, fake, average):
     mean_real, mean_fake = average
     return F.relu(real - mean_fake).square().mean() + F.relu(mean_real - fake).square().mean()
 
-def adaptive_weight(images, pixel_grad, gan_grad, last_layer):
+def adaptive_weight(pixel_loss, gan_loss, last_layer):
     """VQGAN's balance (2012.09841 Eq. 7): |gradient of the pixel losses| / |gradient of the
-    adversarial loss| at the decoder's last layer, over all ranks. images: the decoder's output;
-    pixel_grad, gan_grad: the gradients of the two losses with respect to it, all (B,3,H,W)."""
-    pixel, gan = (torch.autograd.grad(images, last_layer, grad, retain_graph=True)[0]
-                  for grad in (pixel_grad, gan_grad))
-    pixel, gan = mean_over_ranks(torch.stack([pixel, gan]))
+    adversarial loss| at the decoder's last layer, over all ranks."""
+    gradients = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+                 for loss in (pixel_loss, gan_loss)]
+    pixel, gan = mean_over_ranks(torch.stack(gradients))
     return (pixel.norm() / (gan.norm() + 1e-4)).clamp(0, 1e4).detach()
 
 def align_loss(kind, student, teacher, labels, rank=0):
@@ -891,7 +869,7 @@ EVAL_IMAGES = 1000  # what an evaluation looks at; eval.py measures on all
 def evaluate(model, dataset, config, run):
     """PSNR at the target K and at K = L; code usage and recovery accuracy at K; over all ranks."""
     counts = torch.zeros(2 ** config.bits, device=run.device)
-    sums = torch.zeros(4, device=run.device)
+    rows = [torch.zeros(0, 3)]  # a rank may have no image
     for images, _ in val_batches(dataset, EVAL_IMAGES, min(64, max(16, config.batch_size)),
                                  run, loader_workers(config)):
         with run.autocast():
@@ -901,14 +879,11 @@ def evaluate(model, dataset, config, run):
             at_keep = psnr(model.decode(e.codes, e.source), images).float()
             at_full = psnr(model.decode(full.codes, full.source), images).float()
         counts += torch.bincount(e.codes.flatten(), minlength=len(counts))
-        sums += torch.stack([at_keep, at_full, accuracy, torch.ones_like(accuracy)]).sum(1)
-    if run.world > 1:
-        dist.all_reduce(counts)
-        dist.all_reduce(sums)
-    usage, perplexity = code_statistics(counts)
-    values = torch.cat([sums[:3] / sums[3], torch.stack([usage, perplexity])]).tolist()
+        rows.append(torch.stack([at_keep, at_full, accuracy], dim=1).cpu())
+    scores = gather_rows(torch.cat(rows), run).mean(0).tolist()
+    usage, perplexity = code_statistics(mean_over_ranks(counts))
     names = ("val_psnr", "val_psnr_full", "val_recovery", "val_usage", "val_perplexity")
-    return dict(zip(names, values))
+    return dict(zip(names, [*scores, usage.item(), perplexity.item()]))
 
 @torch.no_grad()
 def draw_reconstructions(model, dataset, config, run, path, num=8):
@@ -933,8 +908,9 @@ def teacher_outputs(config, run, ema, dinov2, images, keep, draws):
     teacher's outputs for another one, with ema of all ranks (B,C). None: --align needs none."""
     if config.align == "dinov2":  # as in the release, the student sees the training crop
         other = augment(images, draws[:, 0])
+        other = F.interpolate(other, (DINOV2.size,) * 2, mode="bicubic", antialias=True)
         with run.autocast():
-            return None, dinov2(other).float()
+            return None, dinov2(other, DINOV2.length)[2].float()
     if config.align == "ema":
         other, view = (augment(images, u, config.align_views) for u in draws.unbind(1))
         with run.autocast():
@@ -956,7 +932,7 @@ def main(argv=None):
     if config.align == "label":  # two teachers decide how many outputs there are
         config.align_dim = train_set.num_classes
     elif config.align == "dinov2":
-        config.align_dim = DINOV2["width"]
+        config.align_dim = DINOV2.width
     steps = config.epochs * len(train_set) // config.batch_size
     config.max_steps = config.max_steps or max(1, steps)
     run = start_run(config)
@@ -980,9 +956,8 @@ def main(argv=None):
     parts = dict(model=raw_model, ema=ema, disc=discriminator, optimizer=optimizer,
                  disc_optimizer=disc_optimizer)
     lecam = torch.zeros(2, device=run.device)                      # mean logit of real, of fake
-    running = dict(lecam=(lecam, 0.01))                            # averages and their rates
-    if config.bit_norm:
-        running["bits"] = raw_model.bit_norm.stats, 0.1
+    # averages and their rates
+    running = dict(lecam=(lecam, 0.01), bits=(raw_model.bit_norm.stats, 0.1))
     step, skipped = 0, torch.zeros((), device=run.device)
     if state:
         load_parts(f"{config.out}/ckpt.pt", state, **parts)
@@ -1002,9 +977,6 @@ def main(argv=None):
               f"train {train_set.describe()}; val {val_set.describe()}")
         print(f"perceptual loss {config.perceptual}, teacher {config.align}, initial weights "
               f"{config.init} (the paper: lpips, dinov2, dinov2)")
-
-    def weighted(losses):
-        return sum(getattr(config, f"w_{name}") * loss for name, loss in losses.items())
 
     stream = batches(train_set, config, run, step)
     metrics = Metrics(config, run, step, CURVES)
@@ -1050,45 +1022,37 @@ def main(argv=None):
             view, teacher = teacher_outputs(config, run, ema, dinov2, images, keep, rows)
             with run.autocast():
                 out = model(images, keep, view)
-            entropy, sample_entropy, codebook_entropy = entropy_loss(out.z)
-            # the image losses stop at this leaf: the adversarial gradient is balanced against
-            # theirs, and the sum enters the one backward pass
-            decoded = out.images.detach().requires_grad_()
-            # a new loss needs a line in one of these, a field w_NAME and its name in CURVES.
-            # image_losses look at `decoded`, token_losses at the rest of `out`
-            image_losses = dict(
-                rec=F.mse_loss(decoded, images),
-                perceptual=perceptual(decoded, images).mean())
-            token_losses = dict(
+            sample_entropy, codebook_entropy = lfq_entropy(out.z)
+            # a new loss needs a line here, a field w_NAME and its name in CURVES
+            losses = dict(
+                rec=F.mse_loss(out.images, images),
+                perceptual=perceptual(out.images, images).mean(),
                 commit=F.mse_loss(out.z, out.z.detach().sign()),
-                entropy=entropy,
+                # low when each token is certain and all codes are used equally
+                entropy=sample_entropy - codebook_entropy,
                 recovery=F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten()),
                 align=align_loss(config.align, out.align, teacher, labels, run.rank))
-            losses = {**image_losses, **token_losses}
-            gradient, = torch.autograd.grad(weighted(image_losses), decoded)
+            loss = sum(getattr(config, f"w_{name}") * value for name, value in losses.items())
             if gan_on:  # through a frozen discriminator
                 discriminator.requires_grad_(False)
                 with run.autocast():
-                    losses["gan"] = -discriminator(decoded).mean()
+                    losses["gan"] = -discriminator(out.images).mean()
                 discriminator.requires_grad_(True)
-                gan_gradient, = torch.autograd.grad(losses["gan"], decoded)
-                balance = adaptive_weight(out.images, gradient, gan_gradient,
-                                          raw_model.decoder.conv_out.weight)
-                gradient = gradient + w_gan * balance * gan_gradient
-            torch.autograd.backward((weighted(token_losses) / config.accum, out.images),
-                                    (None, gradient / config.accum))
+                pixel = config.w_rec * losses["rec"] + config.w_perceptual * losses["perceptual"]
+                balance = adaptive_weight(pixel, losses["gan"], raw_model.decoder.conv_out.weight)
+                loss = loss + w_gan * balance * losses["gan"]
+            (loss / config.accum).backward()
 
             # the discriminator's turn, on reconstructions without a graph
             if gan_on:
                 with run.autocast():
-                    real, fake = disc(torch.cat([images, decoded.detach()])).chunk(2)
+                    real, fake = disc(torch.cat([images, out.images.detach()])).chunk(2)
                 losses["disc"] = hinge_loss(real, fake)
                 losses["lecam"] = lecam_loss(real, fake, lecam)
                 disc_loss = losses["disc"] + config.w_lecam * losses["lecam"]
                 (disc_loss / config.accum).backward()
                 means["lecam"] += torch.stack([real.mean(), fake.mean()]).detach()
-            if config.bit_norm:
-                means["bits"] += out.bit_stats
+            means["bits"] += out.bit_stats
             losses.update(entropy_sample=sample_entropy, entropy_codebook=codebook_entropy)
             for name, value in losses.items():
                 logs[name] += value.detach() / config.accum
@@ -1123,46 +1087,29 @@ def main(argv=None):
 
 RAW = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips"
 FID = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights"
-OFFICIAL = {  # flag that takes the path, address, first digits of the file's sha256
-    "dinov2": ("--teacher-weights", "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14/"
-               "dinov2_vitb14_pretrain.pth", "0b8b82f85de91b42"),
-    "vgg16": ("--vgg-weights", "https://download.pytorch.org/models/vgg16-397923af.pth",
-              "397923af"),
-    "lpips": ("--lpips-weights", RAW + "/weights/v0.1/vgg.pth", "a78928a0af1e5f0f"),
-    "inception": ("--inception-weights", FID + "/pt_inception-2015-12-05-6726825d.pth", "6726825d")}
+DINO = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitb14"
+OFFICIAL = {  # flag that takes the path, address
+    "dinov2": ("--teacher-weights", DINO + "/dinov2_vitb14_pretrain.pth"),
+    "vgg16": ("--vgg-weights", "https://download.pytorch.org/models/vgg16-397923af.pth"),
+    "lpips": ("--lpips-weights", RAW + "/weights/v0.1/vgg.pth"),
+    "inception": ("--inception-weights", FID + "/pt_inception-2015-12-05-6726825d.pth")}
 
-def load_weights(kind, path, net, convert=None, unused=()):
-    """Load a public weight file into `net`, strictly -> net, frozen, in eval mode.
-
-    path: a file, or `download` for the official one, kept where torch.hub keeps its files.
-    convert: file's state dict -> net's. Names that start or end with one of `unused` may be
-    missing or left over. Raises UserError on a missing, damaged or wrong file.
-    """
-    flag, url, digits = OFFICIAL[kind]
-    remedy = f"pass {flag} with the path of {os.path.basename(url)}, or {flag} download"
-    if not path:
-        raise UserError(f"{kind} weights are needed: {remedy}")
+def load_weights(kind, path, net, convert=dict):
+    """Load a public weight file into `net`, strictly -> net, frozen, in eval mode. path: a file,
+    or `download` for the official one, which torch.hub keeps. convert: file's state dict ->
+    net's. Raises UserError on a missing, damaged or wrong file."""
+    flag, url = OFFICIAL[kind]
     try:
         if path == "download":
-            path = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            if not os.path.exists(path):
-                torch.hub.download_url_to_file(url, path, hash_prefix=digits)
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()[:len(digits)]
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = convert(state) if convert else state
-        missing, unknown = net.load_state_dict(state, strict=False)
-        wrong = [name for name in missing + unknown
-                 if not name.startswith(tuple(unused)) and not name.endswith(tuple(unused))]
-        assert not wrong, f"{len(wrong)} names are missing or unknown, such as {wrong[0]}"
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True,
+                                                       weights_only=True)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict(convert(state))
     except Exception as error:  # a missing, damaged or foreign file raises many types
-        reason = " ".join(str(error).split())[:200]
-        if path.endswith(".safetensors"):
-            reason = "a .pth is expected, not .safetensors"
-        raise UserError(f"{flag} {path} cannot be used ({reason}): {remedy}")
-    if found != digits:
-        print(f"note: {path} has sha256 {found}..., the official file {digits}...")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{flag} '{path}' cannot be used ({reason}): pass the path of "
+                        f"{os.path.basename(url)}, or {flag} download")
     return net.eval().requires_grad_(False)
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -1195,8 +1142,7 @@ class LPIPS(nn.Module):
         x, outputs = (x.float() - self.shift) / self.scale, []
         for layer in [*self.features, nn.Identity()]:
             if isinstance(layer, (nn.MaxPool2d, nn.Identity)):  # the end of a stage
-                length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-                outputs.append(x / (length + 1e-10))
+                outputs.append(F.normalize(x, dim=1, eps=1e-10))
             x = layer(x)
         return outputs
 
@@ -1210,56 +1156,22 @@ class LPIPS(nn.Module):
 def load_lpips(lpips_path, vgg_path, device="cpu", widths=VGG16):
     """LPIPS' v0.1 vgg.pth and torchvision's VGG16 file, or `download` -> LPIPS, frozen."""
     net = LPIPS(widths)
-    load_weights("vgg16", vgg_path, net.features, unused=("classifier.",),
+    load_weights("vgg16", vgg_path, net.features,
                  convert=lambda state: {name.removeprefix("features."): tensor
-                                        for name, tensor in state.items()})
+                                        for name, tensor in state.items()
+                                        if not name.startswith("classifier.")})
     load_weights("lpips", lpips_path, net.heads,
                  convert=lambda state: {name.removeprefix("lin").removesuffix(".model.1.weight"):
                                         tensor for name, tensor in state.items()})
     net = net.to(device, memory_format=torch.channels_last)
     return net.eval().requires_grad_(False)
 
-# ViT-B/14. Its position table was trained at 37 x 14 = 518 px
-DINOV2 = dict(width=768, depth=12, heads=12, patch=14, grid=37)
-
-class DINOv2(nn.Module):
-    """Class token of DINOv2 (2304.07193): images (B,3,H,W) in [-1,1] -> (B,width).
-
-    Images are resized to `side` pixels per side (bicubic, antialiased).
-    """
-
-    def __init__(self, width, depth, heads, patch, grid):
-        super().__init__()
-        self.patch, self.grid = patch, grid
-        self.stem = nn.Conv2d(3, width, patch, stride=patch)
-        self.cls = nn.Parameter(torch.empty(1, 1, width))
-        self.position = nn.Parameter(torch.empty(1, 1 + grid * grid, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        for m in self.modules():
-            if isinstance(m, nn.LayerNorm):
-                m.eps = 1e-6
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-        self.register_buffer("mean", mean.view(3, 1, 1), persistent=False)
-        self.register_buffer("std", std.view(3, 1, 1), persistent=False)
-
-    def forward(self, images, side=224):
-        x = (images.float() + 1) / 2
-        x = F.interpolate(x, (side, side), mode="bicubic", antialias=True)
-        x = self.stem((x - self.mean) / self.std)                            # (B,D,h,w)
-        # the published models stretch their table by (h + 0.1) / grid, not by h / grid
-        table = self.position[:, 1:].transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        scale = (x.shape[2] + 0.1) / self.grid
-        table = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
-        x = (x + table).flatten(2).transpose(1, 2)                           # (B,h*w,D)
-        cls = (self.cls + self.position[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls.to(x.dtype), x], dim=1)                           # (B,1+h*w,D)
-        for block in self.blocks:
-            x, _, _ = block(x)
-        return self.norm(x[:, 0])
+# DINOv2 (2304.07193), a ViT-B/14: our own encoder, which here merges nothing
+DINOV2 = TokenizerConfig(size=224, patch=14, width=768, depth=12, heads=12)
 
 def dinov2_names(state):
-    """The published state dict -> ours. Its key bias is left out: it cancels in the softmax."""
+    """The published state dict -> an Encoder's. Its key bias is left out: it cancels in the
+    softmax."""
     pairs = (("patch_embed.proj", "stem"), ("cls_token", "cls"), ("pos_embed", "position"),
              ("ls1.gamma", "scale1"), ("ls2.gamma", "scale2"), ("fc1", "up"), ("fc2", "down"))
     renamed = {}
@@ -1269,12 +1181,30 @@ def dinov2_names(state):
         parts = dict(zip("qkv", tensor.chunk(3))) if "qkv" in name else {"": tensor}
         for part, rows in parts.items():
             renamed[name.replace("qkv", f"to_{part}")] = rows
-    return {name: tensor for name, tensor in renamed.items() if not name.endswith("to_k.bias")}
+    # our images are in [-1,1], its own have the mean 0 and std 1 of ImageNet
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    weight = renamed["stem.weight"] / std.view(3, 1, 1)
+    renamed["stem.weight"] = weight / 2
+    renamed["stem.bias"] = renamed["stem.bias"] + weight.sum((2, 3)) @ (0.5 - mean)
+    # its class token has a position. The table of 37 x 14 = 518 px is stretched to 16 x 14, as
+    # published by (16 + 0.1) / 37
+    cls, table = renamed["position"].split([1, renamed["position"].shape[1] - 1], dim=1)
+    renamed["cls"] = renamed["cls"] + cls
+    grid, side = math.isqrt(table.shape[1]), DINOV2.size // DINOV2.patch
+    table = table.transpose(1, 2).unflatten(2, (grid, grid))                 # (1,D,37,37)
+    scale = (side + 0.1) / grid
+    renamed["position"] = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
+    return {name: tensor for name, tensor in renamed.items()
+            if not name.endswith(("to_k.bias", "mask_token"))}
 
 def load_dinov2(path, device="cpu"):
-    """The published file, or `download` -> DINOv2, frozen. Raises UserError."""
-    net = load_weights("dinov2", path, DINOv2(**DINOV2), dinov2_names, unused=("mask_token",))
-    return net.to(device)
+    """The published file, or `download` -> an Encoder, frozen. Raises UserError."""
+    net = Encoder(DINOV2)
+    net.to_bits = nn.Identity()  # a teacher needs no codes
+    for m in net.modules():
+        if isinstance(m, nn.LayerNorm):
+            m.eps = 1e-6
+    return load_weights("dinov2", path, net, dinov2_names).to(device)
 
 @torch.no_grad()
 def select_weights(encoder, larger):

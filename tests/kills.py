@@ -29,7 +29,7 @@ import recovery
 import tokenizer
 
 # 8 px, L = 16: a step takes milliseconds
-TOKENIZER = dict(size=8, base=8, mult=(1, 2), width=16, depth=2, heads=2, dec_width=16,
+TOKENIZER = dict(size=8, base=8, mult=(1, 2), width=16, depth=2, heads=2,
                  dec_depth=1, dec_heads=2, recovery_width=16, keep=6, keeps=(4, 6, 16), bits=6,
                  align_dim=8, disc_base=4, disc_layers=1, disc_start=5, disc_ramp=2, warmup=2,
                  batch_size=4, eval_every=7)

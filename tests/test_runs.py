@@ -236,7 +236,7 @@ def test_a_run_that_is_there_already(place, script, capsys):
 
 MISTAKES = [  # script, its flags, a word of the error
     ("tokenizer", "--lr -1", "--lr"), ("tokenizer", "--lr nan", "--lr"),
-    ("tokenizer", "--keep 17", "at most 16"), ("tokenizer", "--keeps 2,6", "larger --keep"),
+    ("tokenizer", "--keep 17", "from 4 to 16"), ("tokenizer", "--keeps 2,6", "from 4 to 16"),
     ("tokenizer", "--batch-size 9 --accum 2", "--batch-size"), ("tokenizer", "--bits 25", "20"),
     ("tokenizer", "--data nowhere", "nowhere"), ("tokenizer", "--variant huge", "tiny"),
     ("tokenizer", "--align label --no-labels", "--align"), ("tokenizer", "--resume", "--resume"),

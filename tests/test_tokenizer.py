@@ -16,11 +16,10 @@ from kills import ROOT, TOKENIZER, command, difference, read, write_images
 
 import tokenizer
 from data import Run, batches, build_dataset, seeded
-from tokenizer import (VARIANTS, BitNorm, MergeVQ, TokenizerConfig, align_loss,
-                       bit_balance, bits_to_codes, canonical_source, codes_to_bits,
-                       entropy_loss, first_position_of_token, keep_distribution, lfq_entropy,
-                       load_tokenizer, match_tokens, merge_schedule, merge_tokens, psnr, quantise,
-                       sample_keep, unmerge)
+from tokenizer import (VARIANTS, BitNorm, MergeVQ, TokenizerConfig, align_loss, bit_balance,
+                       bits_to_codes, canonical_source, codes_to_bits, first_position_of_token,
+                       keep_distribution, lfq_entropy, load_tokenizer, match_tokens,
+                       merge_schedule, merge_tokens, psnr, quantise, sample_keep, unmerge)
 
 # A tokenizer that trains a step in milliseconds, with the paper's weights
 SMALL = dict(TOKENIZER, **SIZE_16, w_rec=1.0, w_perceptual=0.7, w_disc=0.8, w_entropy=0.1,
@@ -59,12 +58,12 @@ def test_entropy_equals_brute_force(d):
             a, b = (torch.autograd.grad(h, z, retain_graph=True)[0] for h in (fast, slow))
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * b.abs().max().item())
 
-def test_entropy_loss_has_the_right_sign():
-    """A loss that asks for undecided tokens, or for a single code."""
+def test_the_two_entropies():
+    """One taken for the other: a loss would ask for undecided tokens, or for a single code."""
     codes = codes_to_bits(torch.arange(16), 4) * 3.0
-    sure_and_diverse, undecided = entropy_loss(codes)[0], entropy_loss(codes * 0.01)[0]
-    collapsed = entropy_loss(codes[:1].expand(16, -1))[0]
-    assert sure_and_diverse < undecided - 1 and sure_and_diverse < collapsed - 1
+    per_sample, codebook = lfq_entropy(codes)
+    assert per_sample < lfq_entropy(codes * 0.01)[0] - 1
+    assert codebook > lfq_entropy(codes[:1].expand(16, -1))[1] + 1
 
 @pytest.mark.parametrize("scale", (0.0, 1.0, 1e2, 1e4))
 def test_entropy_is_finite_and_small(scale):
@@ -107,7 +106,7 @@ def test_quantise_is_straight_through():
 def test_bit_norm():
     """Batch statistics in evaluation: an image's codes would depend on its neighbours. Unbalanced
     bits in training: collapse. Statistics written by a forward pass."""
-    norm = BitNorm(8)
+    norm = BitNorm(8, True)
     z = torch.randn(64, 32, 8, generator=seeded(0)) * torch.linspace(0.5, 3, 8)
     z = z + torch.linspace(-20, 20, 8)
     y, stats = norm.train()(z)
@@ -119,6 +118,7 @@ def test_bit_norm():
     norm.stats.copy_(stats)
     torch.testing.assert_close(norm.eval()(z)[0], y, rtol=0, atol=1e-2)
     torch.testing.assert_close(norm(z)[0][:1], norm(z[:1])[0])
+    torch.testing.assert_close(BitNorm(8, False).train()(z)[0], z, rtol=1e-5, atol=0)
 
 def test_bit_balance():
     """Bits counted in another order than in the codes."""
@@ -350,10 +350,13 @@ def test_adaptive_weight_is_the_ratio_at_the_last_layer():
     model = small_model().train()
     out, last = model(random_images(4), 25), model.decoder.conv_out.weight
     losses = out.images.square().mean(), out.images.abs().sqrt().mean()
-    pixel, gan = (torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in losses)
-    gradients = (torch.autograd.grad(x, out.images, retain_graph=True)[0] for x in losses)
-    weight = tokenizer.adaptive_weight(out.images, *gradients, last)
-    torch.testing.assert_close(weight, pixel / (gan + 1e-4))
+    weight = tokenizer.adaptive_weight(*losses, last)
+    norms = []
+    for loss in losses:
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        norms.append(last.grad.norm())
+    torch.testing.assert_close(weight, norms[0] / (norms[1] + 1e-4))
 
 def test_gradient_checkpointing_changes_nothing():
     """Recomputed blocks that merge other tokens than the first time, or a skipped gradient."""
@@ -382,14 +385,11 @@ def test_step_on_a_meta_device(monkeypatch, views):
     draws = torch.empty(4, 2, tokenizer.AUGMENT_DRAWS, device=meta)
     view, teacher = tokenizer.teacher_outputs(model.config, RUN, model, None, images, 25, draws)
     out = model(images, 25, view)
-    entropy, _, _ = tokenizer.entropy_loss(out.z)
-    decoded = out.images.detach().requires_grad_()
-    gan, = torch.autograd.grad(-discriminator(decoded).mean(), decoded)
-    pixel, = torch.autograd.grad(F.mse_loss(decoded, images), decoded)
-    loss = entropy + F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten())
-    loss = loss + align_loss("ema", out.align, teacher, labels)
-    balance = tokenizer.adaptive_weight(out.images, pixel, gan, model.decoder.conv_out.weight)
-    torch.autograd.backward((loss, out.images), (None, pixel + balance * gan))
+    pixel, gan = F.mse_loss(out.images, images), -discriminator(out.images).mean()
+    loss = pixel + F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten())
+    loss = loss + align_loss("ema", out.align, teacher, labels) + sum(lfq_entropy(out.z))
+    balance = tokenizer.adaptive_weight(pixel, gan, model.decoder.conv_out.weight)
+    (loss + balance * gan).backward()
     assert all(p.grad is not None for p in model.parameters())
     assert model.decode(bits_to_codes(out.z), out.source).device == meta
 
@@ -448,8 +448,11 @@ def test_teacher_and_student_see_two_views():
     assert torch.equal(seen, tokenizer.augment(images, draws[:, 0], "grey"))
     assert torch.equal(view, tokenizer.augment(images, draws[:, 1], "grey"))
     config.align = "dinov2"  # knows photographs only
-    view, seen = tokenizer.teacher_outputs(config, RUN, None, lambda x: x, images, 25, draws)
-    assert view is None and torch.equal(seen, tokenizer.augment(images, draws[:, 0], "color"))
+    dinov2 = lambda x, keep: (None, None, x, None)
+    view, seen = tokenizer.teacher_outputs(config, RUN, None, dinov2, images, 25, draws)
+    other = tokenizer.augment(images, draws[:, 0], "color")
+    other = F.interpolate(other, (224, 224), mode="bicubic", antialias=True)
+    assert view is None and torch.equal(seen, other)
 
 def test_psnr_known_value():
     """The peak of images in [-1,1] is 2: with 1, all values are 6 dB too low."""
@@ -523,6 +526,8 @@ def test_two_ranks_equal_one_process(tmp_path):
             assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), (a["step"], name)
     assert {"rec", "perceptual", "commit", "entropy", "recovery", "align", "gan", "disc", "lecam",
             "grad_norm"} <= set(rows[-1])
+    row = rows[-1]
+    assert row["entropy"] == pytest.approx(row["entropy_sample"] - row["entropy_codebook"])
     torch.testing.assert_close(two["lecam"], one["lecam"], rtol=0, atol=1e-5)
     close(one, two, ("model", "disc"))
 
