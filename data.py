@@ -1035,7 +1035,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def flag(self, name, kind, default, help, choices=None, low=-1e9, high=1e9):
-        """Add --name of type `kind`: str, bool, int, float, or tuple for several ints."""
+        """Add --name of type `kind`: str, bool, int, float, tuple for ints, list for floats."""
         options = dict(type=functools.partial(parse_value, kind, low, high), choices=choices)
         if kind is bool:
             options = dict(action=argparse.BooleanOptionalAction)
@@ -1047,15 +1047,15 @@ def parse_value(kind, low, high, text):
     """The text of a flag -> its value. The one place where the range of a flag is checked."""
     if kind is str:
         return os.path.expanduser(text)
-    scalar = int if kind is tuple else kind
+    scalar = {tuple: int, list: float}.get(kind, kind)
     try:
-        values = tuple(scalar(part) for part in text.split(","))
-    except ValueError:
-        values = (math.nan,)
-    if not all(low <= value <= high for value in values) or len(values) > 1 and kind is not tuple:
+        values = [scalar(part) for part in text.split(",")]
+        assert all(low <= value <= high for value in values)
+        assert len(values) == 1 or kind is not scalar
+    except (ValueError, AssertionError):
         wanted = f"{scalar.__name__} from {low:g} to {high:g}"
-        raise argparse.ArgumentTypeError(f"{text} is not of type {wanted}")
-    return values if kind is tuple else values[0]
+        raise argparse.ArgumentTypeError(f"{text} is not of type {wanted}") from None
+    return values[0] if kind is scalar else kind(values)
 
 def parse_config(config_class, doc, argv=None, presets=None, flag=""):
     """Command line -> config. --flag chooses one of `presets`; a typed flag beats it."""
