@@ -35,7 +35,6 @@ import math
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -134,20 +133,10 @@ def load_image(content, draft_size=None):
 
 def to_rgb(image):
     """Any PIL mode -> RGB. Transparency is laid on white, and deep greys become 8 bits."""
-    if image.mode == "F" or image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float64)
-        finite = values[np.isfinite(values)]
-        if finite.size == 0:
-            raise Unreadable("no pixel is a finite number")
-        # white is 1, 255 or 65535: percentiles, as a few stray pixels shall not decide
-        low = np.percentile(finite, 1, method="higher")
-        high = np.percentile(finite, 99, method="lower")
-        if low < 0 or high > 65535:
-            raise Unreadable(f"pixels from {low:g} to {high:g}: convert it to 8 or 16 bits")
-        white = 1 if high <= 1 else 255 if high <= 255 else 65535
-        white = 65535 if image.mode.startswith("I;16") else white
-        values = np.nan_to_num(values * (255 / white), nan=0.0)
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Unreadable("32 bits a pixel do not say which value is white: convert it to 8 bits")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -232,19 +221,14 @@ class ImageDataset(Dataset):
         images, labels = zip(*map(self.pixels, keys))
         return np.stack(images), np.array(labels), list(self.faults.items())[known:]
 
-    def view(self, index, v):
-        return self[View(index, v)]
-
     def pixels(self, key):
         """ds[key] before it becomes a tensor -> ((size,size,3) uint8, label)."""
         if isinstance(key, View):
             i, number = key
             stream, scale, random = VIEW_STREAM, (0.8, 1.0), number > 1
-            mirror = number == 1
         else:
             number, i = key if isinstance(key, tuple) else (0, key)  # number: the epoch
             stream, scale, random = AUGMENT_STREAM, self.crop_scale, self.train
-            mirror = False
         i = range(len(self))[i]
         image, label = self.read(i)
         draws = uniform(5, self.seed, stream, number, i)
@@ -253,7 +237,7 @@ class ImageDataset(Dataset):
             image = resize(image, (self.size, self.size), box)
         else:
             image = center_crop(image, self.size)
-        mirror = draws[4] < 0.5 if random else mirror
+        mirror = draws[4] < 0.5 if random else isinstance(key, View) and number == 1
         return np.array(ImageOps.mirror(image) if mirror else image), label
 
     def read(self, index):
@@ -286,11 +270,9 @@ class ImageDataset(Dataset):
 
     def digest(self):
         """sha256 of paths, file sizes and dates, labels and class names, as hex digits."""
-        digest = hashlib.sha256(json.dumps(self.class_names).encode())
-        digest.update(self.labels.tobytes())
-        for i in range(len(self)):
-            digest.update(os.fsencode(self.stamp(i)) + b"\0")
-        return digest.hexdigest()
+        stamps = [self.stamp(i) for i in range(len(self))]
+        text = json.dumps([self.class_names, self.labels.tolist(), stamps])
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def describe(self):
         classes = f"{self.num_classes} classes" if self.num_classes else "unlabelled"
@@ -560,22 +542,28 @@ def read_tar(path, mtime, size):
     """Headers of one tar -> Found. Raises UserError."""
     found, files, texts = Found(), {}, {}
     try:
-        for tar, member in tar_members(path, size):
-            name = os.path.normpath(member.name).lstrip("/")
-            if any(part[0] == "." or part in STRAY for part in name.split("/")):
-                found.left_out["hidden"] += not member.isdir()
-            elif member.isdir():
-                found.entries.append(Entry(name + "/", name + "/"))
-            elif name == CLASS_LIST or name.endswith((".cls", ".json")):
-                text = tar.extractfile(member).read()
-                texts[name] = text.decode("utf-8", "surrogateescape")
-            elif found.is_image(name):
-                found.left_out["replaced by a later one of the same name"] += name in files
-                files[name] = member.offset_data, member.size
-                if member.issym() or member.islnk():  # a symbolic link starts at its own folder
-                    link = os.path.join(os.path.dirname(name), member.linkname)
-                    link = link if member.issym() else member.linkname
-                    files[name] = os.path.normpath(link).lstrip("/")
+        with tarfile.open(path, "r:", encoding="utf-8") as tar:
+            for member in tar:
+                name = os.path.normpath(member.name).lstrip("/")
+                if any(part[0] == "." or part in STRAY for part in name.split("/")):
+                    found.left_out["hidden"] += not member.isdir()
+                elif member.isdir():
+                    found.entries.append(Entry(name + "/", name + "/"))
+                elif name == CLASS_LIST or name.endswith((".cls", ".json")):
+                    text = tar.extractfile(member).read()
+                    texts[name] = text.decode("utf-8", "surrogateescape")
+                elif found.is_image(name):
+                    found.left_out["replaced by a later one of the same name"] += name in files
+                    files[name] = member.offset_data, member.size
+                    if member.issym() or member.islnk():  # a symbolic link starts at its own folder
+                        link = os.path.join(os.path.dirname(name), member.linkname)
+                        link = link if member.issym() else member.linkname
+                        files[name] = os.path.normpath(link).lstrip("/")
+            # tarfile stops at a damaged header without a word; zeros close an archive
+            tar.fileobj.seek(tar.offset)
+            rest = tar.fileobj.read(2**20)
+            if not rest or rest.strip(b"\0"):
+                raise tarfile.ReadError(f"damaged, cut or a second archive, at byte {tar.offset}")
     except (tarfile.TarError, ValueError, OSError) as error:
         raise UserError(f"{path} is no intact, uncompressed tar file ({error}): fetch it again")
     found.class_list = texts.get(CLASS_LIST, "").splitlines()
@@ -586,21 +574,6 @@ def read_tar(path, mtime, size):
         else:
             found.entries.append(Entry(name, name, where, label_of(name, texts)))
     return found
-
-def tar_members(path, size):
-    """Yield (TarFile, member) up to the last byte of a file. Raises tarfile.ReadError."""
-    end = 0
-    with open(path, "rb") as file:
-        while end < size:  # several archives may lie in one file
-            file.seek(end)
-            tar = tarfile.open(fileobj=file, mode="r:", encoding="utf-8")
-            yield from ((tar, member) for member in tar)
-            # zeros close an archive. At a damaged header tarfile stops too, without a word
-            end = file.seek(tar.offset)
-            while (block := file.read(512)) and not block.strip(b"\0"):
-                end += len(block)
-            if end == tar.offset:
-                raise tarfile.ReadError(f"no valid header and no end mark at byte {end}")
 
 def label_of(name, texts):
     """The label of a WebDataset image, whose key ends before the extension or at the first dot."""
@@ -660,8 +633,10 @@ def select(found, spec, split, labelled):
     if len(images) < len(source):
         notes.append(f"{len(source) - len(images)} images without a class left out")
     if not images_of(val):
-        notes.append("no val images of its own: about 1 in 20, by a hash of its path, is val")
-        images = hold_out(images, split)
+        notes.append("no val images of its own: every 20th is val")
+        held = images[::20]
+        rest = [image for number, image in enumerate(images) if number % 20] or held
+        images = held if split == "val" else rest
     elif train and split == "val":
         images = images_of(val)
     if found.omitted():
@@ -699,16 +674,6 @@ def class_names(entries, found, notes):
         notes.append(f"{len(empty)} classes without images: {', '.join(sorted(empty)[:20])}")
     return sorted(names | empty)
 
-def hold_out(images, split):
-    """A split without a val of its own, by a hash of the path: new images move no old one."""
-    hashes = [int(hashlib.sha1(os.fsencode(i.path)).hexdigest()[:16], 16) for i in images]
-    val = {number for number in hashes if number % 20 == 0}
-    if len(val) in (0, len(images)):  # very few images: one is val, and a single one is both
-        val = {min(hashes)}
-    if len(images) == 1:
-        return images
-    return [i for i, number in zip(images, hashes) if (number in val) == (split == "val")]
-
 def read_label_file(found, spec, images, labels, ids):
     """Put the labels of a flat val/ where `labels` holds None. They are in val/ or next to it."""
     wrong = images[labels.index(None)]
@@ -740,8 +705,7 @@ def read_label_file(found, spec, images, labels, ids):
 
 def subset(total, num, seed=0):
     """`num` places of range(total), a seeded draw, ascending; all when num is 0 or >= total."""
-    if num == 0 or num >= total:
-        return list(range(total))
+    num = min(num or total, total)
     draw = np.random.default_rng([seed, SUBSET_STREAM]).choice(total, num, replace=False)
     return sorted(draw.tolist())
 
@@ -817,8 +781,7 @@ def image_grid(rows, path, labels=None, columns=8, row_titles=None, scale=None):
     """Write a PNG of (N,3,H,W) images in [-1,1], `columns` per line; or of a list of such rows.
     labels: a text per image; row_titles: a text per line; scale: screen pixels per pixel."""
     rows = list(rows.split(columns)) if isinstance(rows, torch.Tensor) else rows
-    texts = map(plain, labels or [])
-    titles = [plain(title) for title in row_titles or [""] * len(rows)]
+    texts, titles = iter(labels or []), row_titles or [""] * len(rows)
     font = ImageFont.load_default()
     height, width = rows[0].shape[-2:]
     scale = scale or math.ceil(96 / height)
@@ -839,13 +802,7 @@ def image_grid(rows, path, labels=None, columns=8, row_titles=None, scale=None):
             while font.getlength(text) > cell[0]:
                 text = text[:-1]
             pen.text((left, top), text, "black", font)
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    new = f"{path}.tmp{os.getpid()}"  # a reader sees the old picture or the new one
-    sheet.save(new, format="PNG")
-    os.replace(new, path)
-
-def plain(text):
-    return str(text).encode("ascii", "replace").decode()  # the built-in font has no other letters
+    sheet.save(path)
 
 # ------------------------------------------------------------------------------
 # The strong augmentation of the alignment loss, on the device of the images
@@ -941,7 +898,7 @@ def pack(spec, out, size, shard_size=10_000, workers=0, seed=0, labels=True):
     splits = ("train", "val")
     datasets = [build_dataset(spec, split, size, False, seed, labels) for split in splits]
     partial = f"{out.rstrip('/')}.partial{os.getpid()}"  # becomes OUT at the end
-    make_folder(partial, "--pack")
+    os.makedirs(partial)
     try:
         for split, dataset in zip(splits, datasets):
             print(f"{split}: {dataset.describe()}")
@@ -1154,10 +1111,8 @@ def gather_rows(rows, run):
 
 def parallel(module, run):
     """DDP around a module when there are several ranks: it averages the gradients."""
-    if run.world == 1:
-        return module
-    ids = [run.device.index] if run.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+    ddp = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
+    return ddp(module) if run.world > 1 else module
 
 def micro_batch(config, run):
     """Images per micro-batch and rank. Raises UserError where --batch-size does not divide."""
@@ -1178,16 +1133,14 @@ def catch_signals():
     asked = []
 
     def note(number, frame):
+        if asked:
+            sys.exit(130)
         asked.append(number)
-        restore_signals()
 
-    restore_signals(note, note)
-    return asked
-
-def restore_signals(interrupt=signal.default_int_handler, terminate=signal.SIG_DFL):
     if threading.current_thread() is threading.main_thread():  # Python allows no other
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, terminate)
+        signal.signal(signal.SIGINT, note)
+        signal.signal(signal.SIGTERM, note)
+    return asked
 
 # The output folder and what is in it
 
@@ -1207,7 +1160,7 @@ def open_out(config, run, kind, fixed=()):
         if old and not (config.resume or config.overwrite):
             raise UserError(f"--out {config.out} holds a run already: pass --resume to continue "
                             "it, --overwrite to replace it, or another --out")
-        make_folder(config.out)
+        os.makedirs(config.out, exist_ok=True)
         if fcntl is not None:
             LOCKS.append(open(f"{config.out}/lock", "w"))
             try:
@@ -1229,13 +1182,6 @@ def open_out(config, run, kind, fixed=()):
             print(f"{config.out} is at step {state['step']} already: raise --max-steps to go on")
         sys.exit(0)
     return state
-
-def make_folder(path, flag="--out"):
-    """Make a folder for results, if need be. Raises UserError."""
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{flag} {path} cannot be made ({error.strerror}); pass another folder")
 
 def new_array(path, dtype, shape):
     """A .npy file of zeros to be mapped into memory. Its space is taken now, where the system can:
@@ -1365,21 +1311,14 @@ def plot_rows(rows, path, panels, x="step"):
         draw.text((left, bottom + 3), f"{x} {xs[0]:g} to {xs[-1]:g}", fill="gray")
     sheet.save(path)
 
-def end_run(config, run, step, script, argv, done):
-    """Say how the run ended and how to go on; leave the process group. `done`: the last line
-    of a run that is complete."""
-    restore_signals()
-    start = "python"
-    if run.world > 1:
-        start = f"torchrun --nproc_per_node={run.world} --"
-        dist.destroy_process_group()
+def end_run(config, run, step, done):
+    """Say how the run ended, by `done` when it is complete; leave the process group."""
     if step < config.max_steps:
-        argv = sys.argv[1:] if argv is None else argv
-        flags = [flag for flag in argv if flag not in ("--overwrite", "--resume")]
-        command = shlex.join([script, *flags, "--resume"])
-        done = f"stopped and saved at step {step}; to go on: {start} {command}"
+        done = f"stopped and saved at step {step}; to go on: the same command with --resume"
     if run.main:
         print(done)
+    if run.world > 1:
+        dist.destroy_process_group()
 
 # Optimisation
 
@@ -1440,7 +1379,7 @@ def main(argv=None):
         return pack(args.data, args.pack, args.size, args.shard_size, args.workers, *more)
     dataset = build_dataset(args.data, args.split, args.size, False, *more)
     print(f"{args.data} {args.split}: {dataset.describe()}")
-    make_folder(args.out)
+    os.makedirs(args.out, exist_ok=True)
     rows = subset(len(dataset), args.num, args.seed)
     names = [os.path.basename(dataset.name(i)) for i in rows]
     if dataset.num_classes:

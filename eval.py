@@ -49,7 +49,7 @@ from tqdm import tqdm
 
 from data import (ImageDataset, Metrics, Parser, RunConfig, UserError, arg, batches, build_dataset,
                   catch_signals, end_run, from_uint8, gather_rows, image_grid, learning_rate,
-                  load_checkpoint, load_parts, loader_workers, make_folder, micro_batch, open_out,
+                  load_checkpoint, load_parts, loader_workers, micro_batch, open_out,
                   parallel, parse_config, plot_rows, presets, run_main, save_checkpoint, seeded,
                   start_run, step_if_finite, subset, to_uint8, update_ema, val_batches,
                   weights_hash)
@@ -1003,7 +1003,7 @@ def fit(config, argv, kind, size, make_model, **record):
         write_results(config, argv, run, datasets=[train_set, val_set], size=size, steps=step,
                       skipped=int(skipped), val_top1=val_accuracy, **record)
     done = f"done: {config.out}/ckpt.pt; {val_accuracy:.2%} of the val images right"
-    end_run(config, run, step, "eval.py", argv, done)
+    end_run(config, run, step, done)
 
 # -----------------------------------------------------------------------------
 # sweep: reconstruction against representation (Table 4, Figure 3)
@@ -1134,7 +1134,7 @@ def main(argv=None):
                 p.flag(name, type(default), default, help, **limits)
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.command}"
-    make_folder(args.out)
+    os.makedirs(args.out, exist_ok=True)
     COMMANDS[args.command](args, argv)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
-from data import (UserError, arg, from_uint8, image_grid, make_folder, new_array, parse_config,
+from data import (UserError, arg, from_uint8, image_grid, new_array, parse_config,
                   run_main, start_run, to_uint8, weights_hash)
 from mergear import POSITION_TEMPERATURE, draw_images, load_generator
 
@@ -114,9 +114,8 @@ def main(argv=None):
         position_temperature=args.position_temperature, top_k=args.top_k, top_p=args.top_p,
         seed=args.seed, steps=args.steps or None, cfg_schedule=args.cfg_schedule,
         keep=None if config.mode == "raster" else keep)
-    make_folder(args.out)
-    make_folder(os.path.dirname(args.npz) or ".", "--npz")
-    make_folder(args.png_dir or ".", "--png-dir")
+    for folder in (args.out, os.path.dirname(args.npz), args.png_dir):
+        os.makedirs(folder or ".", exist_ok=True)
     if os.path.isdir(args.npz):
         raise UserError(f"--npz {args.npz} is a folder: pass the name of a file")
     if run.main and args.png_dir and os.listdir(args.png_dir):

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from data import (Metrics, RunConfig, UserError, View, adamw, arg, build_dataset, catch_signals,
                   end_run, gather_rows, image_grid, learning_rate, load_batches, load_checkpoint,
-                  load_parts, loader_workers, make_folder, micro_batch, new_array, open_out,
+                  load_parts, loader_workers, micro_batch, new_array, open_out,
                   parallel, parse_config, presets, run_main, save_checkpoint, seeded, start_run,
                   step_if_finite, update_ema, val_batches, weights_hash)
 from tokenizer import (first_position_of_token, keep_distribution, sample_keep,
@@ -690,7 +690,7 @@ def open_codes(dataset, tokenizer, config, run, views, sample_k):
         # encode in float32, split over the ranks, into a file of this run's own; then rename it
         own = hashlib.sha256(os.path.abspath(config.out).encode()).hexdigest()[:8]
         if run.main:
-            make_folder(config.cache, "--cache")
+            os.makedirs(config.cache, exist_ok=True)
             new_array(f"{path}.{own}", np.int32, (views * N, 2 * t.length + 1))
         run.barrier()
         table = np.load(f"{path}.{own}", "r+")
@@ -866,7 +866,7 @@ def main(argv=None):
             values = dict(logs, grad_norm=norm, skipped=skipped)
             stopping = metrics.log(step, values, stop, ("loss", "bits", "skipped"), lr=lr)
     metrics.bar.close()
-    end_run(config, run, step, "mergear.py", argv,
+    end_run(config, run, step,
             f"done: {config.out}/ckpt.pt, samples_{step:07d}.png, curves.png; next: "
             f"python generate.py --ckpt {config.out}/ckpt.pt")
 

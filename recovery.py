@@ -186,8 +186,8 @@ def main(argv=None):
     if run.main and last:
         for name, (accuracy, quality) in scores.items():
             print(f"source {name:<8} {accuracy:6.1%} of positions right, {quality:5.2f} dB")
-    end_run(config, run, step, "recovery.py", argv, f"done: {config.out}/ckpt.pt; next: "
-            f"python generate.py --ckpt {config.out}/ckpt.pt")
+    end_run(config, run, step,
+            f"done: {config.out}/ckpt.pt; next: python generate.py --ckpt {config.out}/ckpt.pt")
 
 if __name__ == "__main__":
     run_main(main)

@@ -1078,7 +1078,7 @@ def main(argv=None):
             stopping = metrics.log(step, logs, stop, ("rec", "perplexity", "keep", "skipped"),
                                    lr=lr, keep=keep)
     metrics.bar.close()
-    end_run(config, run, step, "tokenizer.py", argv,
+    end_run(config, run, step,
             f"done: {config.out}/ckpt.pt, recon_{step:07d}.png; next: python mergear.py")
 
 # -----------------------------------------------------------------------------

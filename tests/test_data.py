@@ -135,7 +135,7 @@ def test_crops_and_views(folder):
     assert torch.equal(first, dataset[0][0]) and torch.equal(first, again[0, 0][0])
     assert not torch.equal(first, dataset[1, 0][0]) and not torch.equal(first, other[0, 0][0])
     centre, _ = build(folder, size=16)[0]
-    views = [dataset.view(0, v)[0] for v in range(4)]
+    views = [dataset[data.View(0, v)][0] for v in range(4)]
     assert torch.equal(views[0], centre) and torch.equal(views[1], centre.flip(2))
     assert not torch.equal(views[2], views[3])
     keys = [[data.View(0, 2), data.View(3, 1)]]
@@ -173,9 +173,6 @@ MODES = [
     (GREY16, "PNG", {}, 100),
     (Image.fromarray(np.full((4, 6), 200, dtype=np.uint16)), "PNG", {}, 1),
     (GREY16, "TIFF", {}, 100),
-    (plain("I", 25700), "TIFF", {}, 100),
-    (plain("I", 100), "TIFF", {}, 100),
-    (plain("F", 0.2), "TIFF", {}, 51),
     (plain("CMYK", (0, 255, 255, 0)), "JPEG", dict(quality=100), (255, 0, 0)),
 ]
 
@@ -193,17 +190,11 @@ def test_eight_bits_round_trip():
     images = random_images(2)
     assert (data.from_uint8(data.to_uint8(images)) - images).abs().max() <= 1 / 255 + 1e-6
 
-@pytest.mark.parametrize("stray", [1.001, np.inf, np.nan, -0.5])
-def test_one_stray_float_pixel_changes_no_other(stray):
-    """One pixel of 1.001 that turns the rest black."""
-    values = np.full((16, 16), 0.2, np.float32)
-    values[3, 3] = stray
-    pixels = np.asarray(load_image(encoded(Image.fromarray(values), "TIFF")))
-    assert (np.delete(pixels[..., 0].ravel(), 3 * 16 + 3) == 51).all()
-    for value in (np.nan, 1e6, -3.0):
-        image = Image.fromarray(np.full((4, 4), value, np.float32))
-        with pytest.raises(data.Unreadable, match="finite|pixels from"):
-            load_image(encoded(image, "TIFF"))
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_of_32_bits_are_refused(mode):
+    """A guess at which value is white: images that come out black or white."""
+    with pytest.raises(data.Unreadable, match="convert it to 8 bits"):
+        load_image(encoded(plain(mode, 100), "TIFF"))
 
 def test_exif_orientation_survives_draft_decoding():
     """Photos of phones trained on sideways."""
@@ -445,10 +436,9 @@ def test_tars_are_read_to_the_end(tmp_path):
         write(tmp_path, "bad.tar", bytes(bad))
         with pytest.raises(UserError, match="no intact, uncompressed tar"):
             build(tmp_path / "bad.tar")
-    write_tar(tmp_path / "more.tar", [("b/20.png", noise[0]), ("a/0.png", noise[1])])
-    write(tmp_path, "two.tar", whole + (tmp_path / "more.tar").read_bytes())
-    assert sum(sizes(tmp_path / "two.tar")) == 21
-    assert "1 replaced by a later" in build(tmp_path / "two.tar").describe()
+    write(tmp_path, "two.tar", whole * 2)
+    with pytest.raises(UserError, match="a second archive"):
+        build(tmp_path / "two.tar")
     write_tar(tmp_path / "x.tar", [("/d/a/1.png", png(1)), ("/d/b/2.png", "/d/a/1.png"),
                                    ("/d/b/3.png", "d/gone.png"), ("/d/c/", b"")])
     train, val = [build(tmp_path / "x.tar", split) for split in ("train", "val")]
@@ -472,19 +462,16 @@ def test_digest(folder):
     seen += [dataset.digest() for dataset in others]
     assert len(set(seen)) == len(seen) == 9
 
-def test_hold_out_by_hash(tmp_path):
-    """Splits that overlap, are empty, or move when images are added."""
+def test_a_split_without_val(tmp_path):
+    """Splits that overlap or are empty."""
     for count, expected in enumerate([[1, 1], [1, 1], [2, 1], [3, 1]], 1):
         write(tmp_path, f"few/{count}.png")
         assert sizes(tmp_path / "few") == expected
-    names = []
-    for count in (60, 75):
-        for i in range(count):
-            write(tmp_path, f"flat/{1000 - i}.PNG")  # the new ones come first
-        train, val = [build(tmp_path / "flat", split) for split in ("train", "val")]
-        names.append([{part.name(i) for i in range(len(part))} for part in (train, val)])
-        assert len(names[-1][0] | names[-1][1]) == count and not names[-1][0] & names[-1][1]
-    assert 1 <= len(names[0][1]) <= 12 and names[0][1] <= names[1][1]
+    for i in range(60):
+        write(tmp_path, f"flat/{i}.PNG")
+    train, val = [build(tmp_path / "flat", split) for split in ("train", "val")]
+    names = [{part.name(i) for i in range(len(part))} for part in (train, val)]
+    assert list(map(len, names)) == [57, 3] and not names[0] & names[1]
     assert train.num_classes == 0 and train[5][1] == 0 and "is val" in train.describe()
 
 def test_label_file_that_the_message_asks_for_works(folder):
@@ -611,16 +598,15 @@ def test_augment(view):
         assert torch.allclose(data.augment(images, draws, view), sign * wanted, atol=2e-3)
 
 def test_image_grid(tmp_path):
-    """Pictures too small to see, rows out of order, a half-written file."""
+    """Pictures too small to see, rows out of order."""
     images = torch.stack([torch.full((3, 32, 32), v) for v in (-1.0, 0.0, 1.0)])
-    path = tmp_path / "new/grid.png"
+    path = tmp_path / "grid.png"
     data.image_grid(images, path, labels=["a", "b", "ünï"], columns=2)
     sheet = Image.open(path)
     assert sheet.width >= 2 * 96 and sheet.height >= 2 * 96
     assert sheet.getpixel((50, 60)) == (0, 0, 0) and sheet.getpixel((150, 60)) == (128, 128, 128)
     data.image_grid([images[:1], images[1:]], str(path), row_titles=["one", "two"], scale=1)
     assert Image.open(path).height < 96
-    assert os.listdir(path.parent) == ["grid.png"]
 
 @pytest.mark.parametrize("error", [
     RuntimeError("unable to write to file </torch_12_3>: No space left on device (28)"),

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mergear
-from data import seeded
+from data import View, seeded
 from mergear import (GPT, MODELS, MODES, GPTConfig, code_losses, draw, draw_orders, guide,
                      join_codes, load_generator, mergear_mask, position_losses, rope_table,
                      sample_codes, sequence, split_codes)
@@ -472,7 +472,7 @@ def test_code_cache_holds_what_the_tokenizer_says(cached):
     assert (keeps[:24] == 6).all() and set(keeps.tolist()) == {4, 6, 16}
     wanted = []
     for i in range(24):
-        image, label = images.view(i, 0)
+        image, label = images[View(i, 0)]
         found, true, *_ = tokenizer.encode(image[None], 6)
         wanted.append((found.gather(1, true)[0].tolist(), true[0].tolist(), label))
     rows = zip(*(column[:24].tolist() for column in (codes, source, labels)))

@@ -6,7 +6,6 @@ import math
 import os
 import random
 import resource
-import shlex
 import signal
 import subprocess
 import sys
@@ -73,7 +72,7 @@ def test_three_kills(tmp_path):
     ("tokenizer", signal.SIGTERM), ("mergear", signal.SIGINT), ("randar", signal.SIGINT),
     ("recovery", signal.SIGTERM)])
 def test_a_signal_saves_and_ends(place, script, number, monkeypatch, capsys):
-    """SIGTERM or Ctrl-C that loses steps; a resume command that does not work."""
+    """SIGTERM or Ctrl-C that loses steps; a resume that does not work."""
     out = f"stopped-{script}"
     with monkeypatch.context() as patch:
         at_step(patch, script, lambda step: os.kill(os.getpid(), number) if step == 3 else None)
@@ -83,10 +82,8 @@ def test_a_signal_saves_and_ends(place, script, number, monkeypatch, capsys):
     output = capsys.readouterr().out
     line = next(line for line in output.splitlines() if line.startswith("stopped and saved"))
     assert "step 4" in line and "done:" not in output
-    python, name, *argv = shlex.split(line.split(": ", 1)[1])
-    name = name.removesuffix(".py")
-    assert (python, name, argv[-1]) == ("python", SCRIPTS[script].__name__, "--resume")
-    SCRIPTS[script].main(argv)
+    assert line.endswith("the same command with --resume")
+    train(place, script, out, save_every=100, resume=True)
     assert difference(read(place / script), read(place / out)) is None
 
 @pytest.mark.parametrize("script", ["tokenizer", "mergear", "recovery"])
@@ -253,7 +250,7 @@ MISTAKES = [  # script, its flags, a word of the error
     ("generate", "--ckpt GPT --cfg-sweep 2:1:1", "FIRST:LAST:STEP"),
     ("generate", "--ckpt GPT --cfg-sweep 1:nan:1", "FIRST:LAST:STEP"),
     ("generate", "--ckpt GPT --classes bird", "no class"),
-    ("generate", "--ckpt GPT --out /dev/null", "--out"),
+    ("generate", "--ckpt GPT --out /dev/null", "/dev/null"),
     # a flag that changes the model but no shape of its tensors would ruin trained weights
     ("tokenizer", "--out RUN --resume --max-steps 99 --heads 1", "has heads 2"),
     ("mergear", "--out RUN --resume --max-steps 99 --heads 1", "has heads 2"),
