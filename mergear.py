@@ -161,7 +161,8 @@ def rope_table(config, device):
     language model, 10,000, most pairs would hardly turn on a grid (2403.13298 takes 100).
     """
     position = torch.arange(config.length, device=device)
-    pairs, grid = config.width // config.heads // 4, math.isqrt(config.length)
+    pairs = config.width // config.heads // 4
+    grid = math.isqrt(config.length)
     frequency = float(grid) ** (-torch.arange(pairs, device=device) / pairs)
     row, column = position // grid, position % grid
     angle = torch.cat([row[:, None] * frequency, column[:, None] * frequency], dim=1)
@@ -493,7 +494,8 @@ def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 def pick_codes(gpt, h, noise, cfg, filters):
     """h (R,n,D), noise (B,n,S) uniform, guidance scale, settings of draw() -> codes (B,n)."""
-    copies, sub_bits = len(h) // len(noise), gpt.config.sub_bits
+    copies = len(h) // len(noise)
+    sub_bits = gpt.config.sub_bits
     subs = noise.new_empty(*noise.shape[:2], 0, dtype=torch.long)
     for s in range(len(sub_bits)):
         # both halves of a guided batch continue with the same sub-tokens
@@ -538,7 +540,8 @@ def sample_in_order(gpt, labels, keep, noise, scales, filters):
             x = gpt.embed_codes(latest)
         cache.begin(t, latest)
         h = gpt.run_blocks(x[:, None], rope.index_select(1, t), cache)  # (R,1,D)
-        u, scale = noise.index_select(1, t), scales.index_select(0, t)
+        u = noise.index_select(1, t)
+        scale = scales.index_select(0, t)
         codes.index_copy_(1, t, pick_codes(gpt, h, u, scale, filters))
         t.add_(1)
 
@@ -586,7 +589,8 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         cache.limit(t + x.shape[1] + n)
         cache.begin(t, n=x.shape[1] + n, alone=n)
         t += x.shape[1]
-        x, rows = torch.cat([x, asked], dim=1), torch.cat([rows, P + at], dim=1)
+        x = torch.cat([x, asked], dim=1)
+        rows = torch.cat([rows, P + at], dim=1)
         h = gpt.run_blocks(x, rope[:, rows][:, :, None], cache)[:, -n:]  # (R,n,D)
         u = noise[:, known:known + n]
         picked = pick_codes(gpt, h, u, scales[s], filters)  # (B,n)
@@ -634,7 +638,8 @@ def sample_codes(gpt, labels, cfg=1.0, temperature=-1.0, top_k=0, top_p=1.0, see
         noise = torch.stack([torch.rand(size, generator=g) for g in generators])
         return noise.to(device, non_blocking=True)
 
-    noise, labels = uniform(c.length, len(c.sub_bits)), labels.to(device)  # (B,L,S)
+    noise = uniform(c.length, len(c.sub_bits))  # (B,L,S)
+    labels = labels.to(device)
     if cfg != 1.0:
         labels = torch.cat([labels, torch.full_like(labels, gpt.null_class)])  # (2B,)
     if c.mode != "randar":
@@ -673,27 +678,31 @@ BLOCK = 64  # rows that are encoded together, with one K
 
 @torch.no_grad()
 def open_codes(dataset, tokenizer, config, run, views, sample_k):
-    """-> (file (V N,2L+1) as a memory map, K of each row (V N,)). sample_k: views after the first
-    draw K as stage 1 does. The file's name is a hash of all that its rows depend on: it is made
-    once, and runs share it."""
-    t, N = dataclasses.replace(tokenizer.config, seed=config.seed), len(dataset)
+    """-> (file (V N,2L+1) as a memory map, K of each row (V N,)).
+
+    sample_k: views after the first draw K as stage 1 does. The file's name is a hash of all that
+    its rows depend on: it is made once, and runs share it.
+    """
+    t = dataclasses.replace(tokenizer.config, seed=config.seed)
+    N = len(dataset)
     blocks = [(view, i) for view in range(views) for i in range(0, N, BLOCK)]
     keeps = [sample_keep(t, b) if sample_k and view > 0 else t.keep
              for b, (view, _) in enumerate(blocks)]
     keep_of_row = np.repeat(keeps, [min(BLOCK, N - i) for _, i in blocks])
     made_from = weights_hash(tokenizer.state_dict()), dataset.digest(), t.seed, keeps
-    name = hashlib.sha256(str(made_from).encode()).hexdigest()[:16]
-    path = f"{config.cache}/{name}.npy"
+    name = hashlib.sha256(str(made_from).encode()).hexdigest()
+    path = f"{config.cache}/{name[:16]}.npy"
     there = os.path.exists(path)
     run.barrier()  # all ranks have looked before one of them writes
     if not there:
         # encode in float32, split over the ranks, into a file of this run's own; then rename it
-        own = hashlib.sha256(os.path.abspath(config.out).encode()).hexdigest()[:8]
+        own = hashlib.sha256(os.path.abspath(config.out).encode()).hexdigest()
+        new = f"{path}.{own[:8]}"
         if run.main:
             os.makedirs(config.cache, exist_ok=True)
-            new_array(f"{path}.{own}", np.int32, (views * N, 2 * t.length + 1))
+            new_array(new, np.int32, (views * N, 2 * t.length + 1))
         run.barrier()
-        table = np.load(f"{path}.{own}", "r+")
+        table = np.load(new, "r+")
         orders = [np.random.default_rng([t.seed, view]).permutation(N) for view in range(views)]
         mine = range(run.rank, len(blocks), run.world)
         keys = [[View(image, view) for image in orders[view][i:i + BLOCK].tolist()]
@@ -705,11 +714,12 @@ def open_codes(dataset, tokenizer, config, run, views, sample_k):
             codes = encoded.codes.gather(1, encoded.source)  # (n,L)
             rows = torch.cat([codes, encoded.source, labels[:, None]], dim=1)
             view, i = blocks[b]
-            table[view * N + i:view * N + i + len(rows)] = rows.cpu()
+            first = view * N + i
+            table[first:first + len(rows)] = rows.cpu()
         table.flush()
         run.barrier()
         if run.main:
-            os.replace(f"{path}.{own}", path)
+            os.replace(new, path)
         run.barrier()
     return np.load(path, mmap_mode="r"), keep_of_row
 
