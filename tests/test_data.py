@@ -172,6 +172,7 @@ MODES = [
     (PALETTE, "GIF", dict(transparency=1), 255),
     (GREY16, "PNG", {}, 100),
     (Image.fromarray(np.full((4, 6), 200, dtype=np.uint16)), "PNG", {}, 1),
+    (Image.fromarray(np.full((4, 6), 65535, dtype=np.uint16)), "PNG", {}, 255),
     (GREY16, "TIFF", {}, 100),
     (plain("CMYK", (0, 255, 255, 0)), "JPEG", dict(quality=100), (255, 0, 0)),
 ]

@@ -514,10 +514,10 @@ def test_code_caches_are_told_apart(place):
     assert len(first) == 1 and files_after("again", mode="randar") == first
     assert len(files_after("second", tokenizer=place / "other.pt")) == 2
     assert len(files_after("third", mode="raster")) == 3
+    assert len(files_after("seeded", mode="raster", seed=1)) == 4
     os.rename(moved, place / "images/train/b/moved.png")
-    assert len(files_after("fourth")) == 4
+    assert len(files_after("fourth")) == 5
     os.rename(place / "images/train/b/moved.png", moved)
-    assert len(files_after("fifth", seed=1)) == 5
 
 def test_unlabelled_images(place):
     """Class ids out of range without classes: the null class is then id 0, the only one."""

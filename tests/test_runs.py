@@ -86,6 +86,14 @@ def test_a_signal_saves_and_ends(place, script, number, monkeypatch, capsys):
     train(place, script, out, save_every=100, resume=True)
     assert difference(read(place / script), read(place / out)) is None
 
+def test_a_second_signal_ends_at_once():
+    """A run that can only be killed."""
+    asked = data.catch_signals()
+    signal.raise_signal(signal.SIGINT)
+    assert asked
+    with pytest.raises(SystemExit):
+        signal.raise_signal(signal.SIGINT)
+
 @pytest.mark.parametrize("script", ["tokenizer", "mergear", "recovery"])
 @pytest.mark.parametrize("trouble", ["full disk", "lost folder"])
 def test_a_disk_that_fails_costs_no_checkpoint(place, script, trouble, monkeypatch, capsys):
