@@ -133,9 +133,9 @@ def load_image(content, draft_size=None):
 
 def to_rgb(image):
     """Any PIL mode -> RGB. Transparency is laid on white, and deep greys become 8 bits."""
-    if image.mode in ("I", "F"):
-        raise Unreadable("32 bits a pixel do not say which value is white: convert it to 8 bits")
-    if image.mode.startswith("I;16"):
+    if image.mode == "F" or image.mode == "I" and not 255 < image.getextrema()[1] <= 65535:
+        raise Unreadable("it does not say which value is white: convert it to 8 bits")
+    if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -270,9 +270,11 @@ class ImageDataset(Dataset):
 
     def digest(self):
         """sha256 of paths, file sizes and dates, labels and class names, as hex digits."""
-        stamps = [self.stamp(i) for i in range(len(self))]
-        text = json.dumps([self.class_names, self.labels.tolist(), stamps])
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(self.class_names).encode())
+        digest.update(self.labels.tobytes())
+        for i in range(len(self)):
+            digest.update(os.fsencode(self.stamp(i)) + b"\0")
+        return digest.hexdigest()
 
     def describe(self):
         classes = f"{self.num_classes} classes" if self.num_classes else "unlabelled"
@@ -561,8 +563,8 @@ def read_tar(path, mtime, size):
                         files[name] = os.path.normpath(link).lstrip("/")
             # tarfile stops at a damaged header without a word; zeros close an archive
             tar.fileobj.seek(tar.offset)
-            rest = tar.fileobj.read(2**20)
-            if not rest or rest.strip(b"\0"):
+            rest = iter(functools.partial(tar.fileobj.read, 2**20), b"")
+            if {bool(block.strip(b"\0")) for block in rest} != {False}:
                 raise tarfile.ReadError(f"damaged, cut or a second archive, at byte {tar.offset}")
     except (tarfile.TarError, ValueError, OSError) as error:
         raise UserError(f"{path} is no intact, uncompressed tar file ({error}): fetch it again")
@@ -633,10 +635,10 @@ def select(found, spec, split, labelled):
     if len(images) < len(source):
         notes.append(f"{len(source) - len(images)} images without a class left out")
     if not images_of(val):
-        notes.append("no val images of its own: every 20th is val")
-        held = images[::20]
-        rest = [image for number, image in enumerate(images) if number % 20] or held
-        images = held if split == "val" else rest
+        notes.append("no val images of its own: one in 20, drawn at random, is val")
+        held = set(subset(len(images), math.ceil(len(images) / 20)))
+        images = [image for number, image in enumerate(images)
+                  if (number in held) == (split == "val") or len(images) == 1]
     elif train and split == "val":
         images = images_of(val)
     if found.omitted():

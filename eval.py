@@ -25,6 +25,7 @@ part of the name: FID-10k, fd-1000.
 Axis letters: B batch, N images, L full tokens, K kept tokens, D width, d code bits, C classes.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -159,6 +160,10 @@ def ssim(a, b):
     luminance = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
     contrast = (2 * cov + c2) / (var_a + var_b + c2)
     return torch.from_numpy((luminance * contrast).mean((1, 2, 3)))
+
+def source_accuracy(predicted, source):
+    """Share of positions given to the right token: (B,L) int64 twice -> (B,) float64."""
+    return (predicted == source).cpu().double().mean(1)
 
 # -----------------------------------------------------------------------------
 # FID's network: the InceptionV3 (1512.00567) that TensorFlow published in 2015. Modules have the
@@ -365,10 +370,10 @@ def eight_bit(images):
 
 def open_tokenizer(args):
     """--ckpt, of a tokenizer or a generator -> (MergeVQ, val data set, Run)."""
-    try:
-        _, model = load_generator(args.ckpt)
-    except UserError:
-        model = load_tokenizer(args.ckpt)  # says what is wrong
+    kind = ""
+    with contextlib.suppress(Exception):  # load_tokenizer says what is wrong
+        kind = torch.load(args.ckpt, mmap=True, weights_only=True)["kind"]
+    model = load_generator(args.ckpt)[1] if kind == "generator" else load_tokenizer(args.ckpt)
     config, args.tokenizer = model.config, weights_hash(model.state_dict())
     args.data = args.data or config.data
     dataset = build_dataset(args.data, "val", config.size, train=False, labels=args.labels)
@@ -435,7 +440,7 @@ def reconstruct(model, dataset, keeps, args, run, names=("true",)):
                 encoded = model.encode(images, keep)
                 sources = source_maps(model, encoded)
             counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** bits)
-            right = {name: (guess == encoded.source).double().mean(1)
+            right = {name: source_accuracy(guess, encoded.source)
                      for name, guess in sources.items()}
             for name in names:
                 with run.autocast():
@@ -592,14 +597,17 @@ def read_npz(flag, path, need):
 def read_reference(args, features, size):
     """--reference, made by stats or by ADM -> mu (D,), sigma (D,D), its images or None."""
     file = read_npz("--reference", args.reference, "mu")
+    mu, sigma = file["mu"], file.get("sigma", file["mu"])
     pixels, ours = Pixels(file) if "arr_0" in file else None, features.record["features_hash"]
+    seen = features(torch.zeros(1, 3, size, size))[0].shape[1]
     # ADM's files do not name a network: they are Inception's
     made_with = str(file.get("features_hash", "" if features.judge else ours))
     made_size = int(file.get("size", pixels.size if pixels else size))
-    if made_with != ours or made_size != size:
+    wrong = made_with != ours or made_size != size
+    if wrong or mu.shape != (seen,) or sigma.shape != (seen, seen):
         raise UserError(f"--reference {args.reference} is of another network or image size than "
                         f"{size} px: make one by `python eval.py stats`")
-    return check_finite(args.reference, file["mu"]), check_finite("sigma", file["sigma"]), pixels
+    return check_finite(args.reference, mu), check_finite(args.reference, sigma), pixels
 
 def open_samples(args, run):
     """--samples -> (asked classes (N,), image size, {"-": batches}, record)."""
@@ -674,7 +682,7 @@ def gen(args, argv):
             pair = (x if run.device.type == "mps" else x.to(run.device) for x in (real, fake))
             row["precision"], row["recall"] = precision_recall(*pair)  # MPS has no float64
         if labels[0] >= 0:
-            titles = [names[c] for c in labels[:40]]
+            titles = [str(names[c]) for c in labels[:40]]
         if judge and titles:
             hits = (probs.argmax(1) == labels).double()
             row["agreement"] = hits.mean().item()

@@ -34,7 +34,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Metrics, RunConfig, UserError, View, adamw, arg, build_dataset, catch_signals,
+from data import (Metrics, RunConfig, View, adamw, arg, build_dataset, catch_signals,
                   end_run, gather_rows, image_grid, learning_rate, load_batches, load_checkpoint,
                   load_parts, loader_workers, micro_batch, new_array, open_out,
                   parallel, parse_config, presets, run_main, save_checkpoint, seeded, start_run,
@@ -692,8 +692,8 @@ def open_codes(dataset, tokenizer, config, run, views, sample_k):
     made_from = weights_hash(tokenizer.state_dict()), dataset.digest(), t.seed, keeps
     name = hashlib.sha256(str(made_from).encode()).hexdigest()
     path = f"{config.cache}/{name[:16]}.npy"
-    there = os.path.exists(path)
-    run.barrier()  # all ranks have looked before one of them writes
+    # all ranks have looked before one of them writes, and another run may finish meanwhile
+    there = gather_rows(torch.tensor([os.path.exists(path)]), run).all()
     if not there:
         # encode in float32, split over the ranks, into a file of this run's own; then rename it
         own = hashlib.sha256(os.path.abspath(config.out).encode()).hexdigest()
@@ -776,7 +776,8 @@ def main(argv=None):
     config = parse_config(GPTConfig, __doc__, argv, MODELS, "model")
     # a run has its tokenizer in its own checkpoint
     if config.resume:
-        made = load_checkpoint(f"{config.out}/ckpt.pt", "generator")["tokenizer"]
+        saved = load_checkpoint(f"{config.out}/ckpt.pt", "generator")
+        made, config.cache = saved["tokenizer"], config.cache or saved["config"]["cache"]
     else:
         made = load_checkpoint(config.tokenizer, "tokenizer")
     made = dict(config=made["config"], ema=made["ema"])
@@ -787,18 +788,18 @@ def main(argv=None):
     val_set = build_dataset(config.data, "val", t.size, False, labels=config.labels)
     steps = config.epochs * len(train_set) // config.batch_size
     config.max_steps = config.max_steps or max(1, steps)
-    config.cache = config.cache or f"{os.path.dirname(config.tokenizer)}/codes"
+    config.cache = config.cache or os.path.join(os.path.dirname(config.tokenizer), "codes")
     config = dataclasses.replace(
         config, bits=t.bits, length=t.length, keep=t.keep, keeps=tuple(keep_distribution(t)[0]),
         num_classes=train_set.num_classes, class_names=tuple(train_set.class_names))
     run = start_run(config)
     micro = micro_batch(config, run)
-    state = open_out(config, run, "generator", ("mode", "heads", "window"))
+    state = open_out(config, run, "generator", ("mode", "heads", "window", "views", "seed"))
     tokenizer.to(run.device)
     sample_k = config.mode != "raster"
     codes = open_codes(train_set, tokenizer, config, run, config.views, sample_k)
     val_codes = []
-    for images, labels in val_batches(val_set, 1000, 64, run, loader_workers(config)):
+    for images, labels in val_batches(val_set, 1000, min(64, micro), run, loader_workers(config)):
         encoded = tokenizer.encode(images)
         val_codes.append((encoded.codes.gather(1, encoded.source), encoded.source, labels))
 

@@ -157,7 +157,7 @@ def merge_schedule(full, keep, depth):
         merged += r
     if not 1 <= keep <= full or merged != full - keep:
         raise UserError(f"{depth} blocks, which at most halve the tokens, cannot merge {full} to "
-                        f"{keep}: pass --keep and --keeps from {-(-full // 2 ** depth)} to {full}")
+                        f"{keep}: pass --keep and --keeps nearer to {full}, and at most that")
     return schedule
 
 @torch.no_grad()
@@ -622,7 +622,7 @@ class Forward(NamedTuple):
     source: torch.Tensor     # (B,L)
     recovery: torch.Tensor   # (B,L,K) logits of source
     align: torch.Tensor      # (B,align_dim) the student's outputs; None without alignment
-    bit_stats: torch.Tensor  # (2,d) BitNorm's statistics of this batch; None without BitNorm
+    bit_stats: torch.Tensor  # (2,d) BitNorm's statistics of this batch
 
 class MergeVQ(nn.Module):
     """The tokenizer. encode and decode are pure: codes and source are all that passes between
@@ -745,6 +745,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        side = config.size // 2 ** config.disc_layers
+        assert side >= 3, f"--disc-layers {config.disc_layers} leave {side} of {config.size} px"
         c = config.disc_base
         layers = [nn.Conv2d(3, c, 4, 2, 1), nn.LeakyReLU(0.2)]
         for i in range(1, config.disc_layers + 1):
@@ -1186,8 +1188,8 @@ def dinov2_names(state):
     weight = renamed["stem.weight"] / std.view(3, 1, 1)
     renamed["stem.weight"] = weight / 2
     renamed["stem.bias"] = renamed["stem.bias"] + weight.sum((2, 3)) @ (0.5 - mean)
-    # its class token has a position. The table of 37 x 14 = 518 px is stretched to 16 x 14, as
-    # published by (16 + 0.1) / 37
+    # its class token has a position, which is added here. The table of 37 x 14 = 518 px is
+    # stretched to 16 x 14, as published by (16 + 0.1) / 37
     cls, table = renamed["position"].split([1, renamed["position"].shape[1] - 1], dim=1)
     renamed["cls"] = renamed["cls"] + cls
     grid, side = math.isqrt(table.shape[1]), DINOV2.size // DINOV2.patch

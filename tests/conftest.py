@@ -2,6 +2,7 @@
 adds that of the scripts."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +17,14 @@ from tokenizer import MergeVQ, TokenizerConfig
 torch.set_num_threads(1)  # the models are too small for more, and sums then have one order
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIZE_16 = dict(size=16, depth=3, keep=25, keeps=(16, 25, 36))  # TOKENIZER at L = 64
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Training loops catch Ctrl-C; pytest wants it back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 def random_images(num, *size, seed=0):
     """(num,3,H,W) in [-1,1], 16 x 16 by default."""

@@ -174,6 +174,7 @@ MODES = [
     (Image.fromarray(np.full((4, 6), 200, dtype=np.uint16)), "PNG", {}, 1),
     (Image.fromarray(np.full((4, 6), 65535, dtype=np.uint16)), "PNG", {}, 255),
     (GREY16, "TIFF", {}, 100),
+    (plain("I", 25700), "PPM", {}, 100),
     (plain("CMYK", (0, 255, 255, 0)), "JPEG", dict(quality=100), (255, 0, 0)),
 ]
 
@@ -191,11 +192,11 @@ def test_eight_bits_round_trip():
     images = random_images(2)
     assert (data.from_uint8(data.to_uint8(images)) - images).abs().max() <= 1 / 255 + 1e-6
 
-@pytest.mark.parametrize("mode", ["I", "F"])
-def test_pixels_of_32_bits_are_refused(mode):
+@pytest.mark.parametrize("mode, value", [("I", 100), ("I", 10 ** 6), ("F", 0.2)])
+def test_an_unknown_white_is_refused(mode, value):
     """A guess at which value is white: images that come out black or white."""
     with pytest.raises(data.Unreadable, match="convert it to 8 bits"):
-        load_image(encoded(plain(mode, 100), "TIFF"))
+        load_image(encoded(plain(mode, value), "TIFF"))
 
 def test_exif_orientation_survives_draft_decoding():
     """Photos of phones trained on sideways."""
@@ -437,7 +438,7 @@ def test_tars_are_read_to_the_end(tmp_path):
         write(tmp_path, "bad.tar", bytes(bad))
         with pytest.raises(UserError, match="no intact, uncompressed tar"):
             build(tmp_path / "bad.tar")
-    write(tmp_path, "two.tar", whole * 2)
+    write(tmp_path, "two.tar", whole + bytes(2 ** 21) + whole)
     with pytest.raises(UserError, match="a second archive"):
         build(tmp_path / "two.tar")
     write_tar(tmp_path / "x.tar", [("/d/a/1.png", png(1)), ("/d/b/2.png", "/d/a/1.png"),
@@ -464,7 +465,7 @@ def test_digest(folder):
     assert len(set(seen)) == len(seen) == 9
 
 def test_a_split_without_val(tmp_path):
-    """Splits that overlap or are empty."""
+    """Splits that overlap or are empty; classes in turn, of which val gets a single one."""
     for count, expected in enumerate([[1, 1], [1, 1], [2, 1], [3, 1]], 1):
         write(tmp_path, f"few/{count}.png")
         assert sizes(tmp_path / "few") == expected
@@ -473,6 +474,10 @@ def test_a_split_without_val(tmp_path):
     train, val = [build(tmp_path / "flat", split) for split in ("train", "val")]
     names = [{part.name(i) for i in range(len(part))} for part in (train, val)]
     assert list(map(len, names)) == [57, 3] and not names[0] & names[1]
+    pairs = [(f"{i:03d}.{end}", content) for i in range(200)
+             for end, content in (("png", png(i)), ("cls", str(i % 10).encode()))]
+    write_tar(tmp_path / "pairs.tar", pairs)
+    assert len(set(build(tmp_path / "pairs.tar", "val").labels.tolist())) > 3
     assert train.num_classes == 0 and train[5][1] == 0 and "is val" in train.describe()
 
 def test_label_file_that_the_message_asks_for_works(folder):

@@ -20,7 +20,8 @@ from data import (Run, UserError, build_dataset, save_checkpoint, seeded, subset
                   weights_hash)
 from eval import (Classifier, FinetuneConfig, FineTuned, Moments, eight_bit, fit_to_convergence,
                   frechet_distance, inception_score, labelled, layer_groups, linear_probe,
-                  load_classifier, merge_map, mix, multiply_adds, precision_recall, ssim)
+                  load_classifier, merge_map, mix, multiply_adds, precision_recall,
+                  source_accuracy, ssim)
 from tokenizer import MergeVQ, TokenizerConfig, first_position_of_token, load_tokenizer, psnr
 
 ONE = Run(0, 1, torch.device("cpu"), torch.float32)
@@ -139,6 +140,12 @@ def test_names_say_how_many_images():
     """An "FID" of 1,000 images that someone compares with one of 50,000."""
     names = [labelled("FID", n) for n in (50_000, 10_000, 5_000, 49_999)]
     assert names == ["FID", "FID-10k", "FID-5000", "FID-49999"]
+
+def test_source_accuracy():
+    """A share of images and not of positions."""
+    source = torch.tensor([[0, 0, 1, 2], [0, 1, 2, 2]])
+    guess = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 0]])
+    assert source_accuracy(guess, source).tolist() == [0.75, 0.25]
 
 def test_merge_map():
     """Regions transposed or shifted, a mean over the wrong pixels, borders inside a region."""
@@ -286,7 +293,7 @@ def test_stats_and_gen_agree(judge, folder, tmp_path):
     for change in (dict(features_hash="other"), dict(size=32), dict(mu=np.zeros(63)),
                    dict(arr_0=np.zeros((4, 16)))):
         np.savez(tmp_path / "other.npz", **{**arrays, **change})
-        with pytest.raises(UserError, match="--reference|of the same network"):
+        with pytest.raises(UserError, match="--reference"):
             run("gen", tmp_path, *flags, "--reference", tmp_path / "other.npz")
 
 def test_part_of_a_file_is_a_seeded_draw(judge, folder, tmp_path):
@@ -312,6 +319,17 @@ def test_gen_draws_and_judges(generator, judge, folder, tmp_path, monkeypatch):
     assert record["generator"] == weights_hash(torch.load(generator)["ema"])
     assert {"samples_cfg1.png", "samples_cfg2.5.png"} < set(os.listdir(tmp_path))
     assert titles[0] == list("abcdefghijab")
+
+def test_gen_with_inception(folder, tmp_path, monkeypatch):
+    """Class ids without names, which a picture cannot show; FID called fd."""
+    stub = Classifier(16, 5).eval().requires_grad_(False)
+    monkeypatch.setattr(evaluation, "load_inception", lambda path, device: stub)
+    images, labels = split_of(folder, "train")
+    np.savez(tmp_path / "samples.npz", to_uint8(images), labels)
+    flags = ["--features", "inception", "--data", folder, "--samples", tmp_path / "samples.npz"]
+    row, = run("gen", tmp_path, *flags)["results"]
+    assert {"FID-36", "IS-36"} < set(row) and "agreement" not in row
+    assert os.path.exists(tmp_path / "samples.png")
 
 def test_classifier_learns_resumes_and_loads(folder, tmp_path):
     """A checkpoint without class names, a load in training mode, labels shifted by one."""

@@ -241,7 +241,7 @@ def test_a_run_that_is_there_already(place, script, capsys):
 
 MISTAKES = [  # script, its flags, a word of the error
     ("tokenizer", "--lr -1", "--lr"), ("tokenizer", "--lr nan", "--lr"),
-    ("tokenizer", "--keep 17", "from 4 to 16"), ("tokenizer", "--keeps 2,6", "from 4 to 16"),
+    ("tokenizer", "--keep 17", "nearer to 16"), ("tokenizer", "--keeps 2,6", "nearer to 16"),
     ("tokenizer", "--batch-size 9 --accum 2", "--batch-size"), ("tokenizer", "--bits 25", "20"),
     ("tokenizer", "--data nowhere", "nowhere"), ("tokenizer", "--variant huge", "tiny"),
     ("tokenizer", "--align label --no-labels", "--align"), ("tokenizer", "--resume", "--resume"),
@@ -263,6 +263,7 @@ MISTAKES = [  # script, its flags, a word of the error
     ("tokenizer", "--out RUN --resume --max-steps 99 --heads 1", "has heads 2"),
     ("mergear", "--out RUN --resume --max-steps 99 --heads 1", "has heads 2"),
     ("mergear", "--out RUN --resume --max-steps 99 --window 3", "has window 8"),
+    ("mergear", "--out RUN --resume --max-steps 99 --views 3", "has views 2"),
     ("tokenizer", "--out RUN --resume --max-steps 99 --dec-depth 2", "does not fit"),
     ("tokenizer", "--out RUN --overwrite --batch-size 9 --accum 2", "--batch-size"),
     ("mergear", "--out RUN --overwrite --batch-size 9 --accum 2", "--batch-size"),
@@ -273,7 +274,7 @@ MISTAKES = [  # script, its flags, a word of the error
     ("eval", "recon --ckpt CKPT --classifier CKPT", "classifier"),
     ("eval", "maps --ckpt CKPT --keep 65", "--keep"), ("eval", "gen --ckpt GPT --cfg nan", "--cfg"),
     ("eval", "recon --ckpt CKPT --num -3", "--num"),
-    ("eval", "gen --ckpt GPT --keep 17", "--keep"), ("eval", "gen --samples no.npz", "no.npz"),
+    ("eval", "gen --samples no.npz", "no.npz"),
     ("eval", "recon --ckpt CKPT --features inception", "inception"),
     ("eval", "finetune --mixdown 1", "--mixdown"), ("eval", "speed --length 60", "--length"),
     ("eval", "finetune --ckpt CKPT --keep 65", "--keep"), ("eval", "speed --width 20", "--width"),

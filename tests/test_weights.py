@@ -138,7 +138,7 @@ def test_wrong_files_are_refused(files, kind, how, word, capsys):
         assert expected in line
 
 def test_download_only_when_asked(files, monkeypatch):
-    """A network fetched unasked or from elsewhere, pickled code, an unchecked sha256."""
+    """A network fetched unasked or from elsewhere, pickled code, a hash in its name unchecked."""
     asked = []
 
     def fetch(url, **settings):
