@@ -566,7 +566,7 @@ def read_tar(path, mtime, size):
             rest = iter(functools.partial(tar.fileobj.read, 2**20), b"")
             if {bool(block.strip(b"\0")) for block in rest} != {False}:
                 raise tarfile.ReadError(f"damaged, cut or a second archive, at byte {tar.offset}")
-    except (tarfile.TarError, ValueError, OSError) as error:
+    except (tarfile.TarError, LookupError, ValueError, OSError) as error:
         raise UserError(f"{path} is no intact, uncompressed tar file ({error}): fetch it again")
     found.class_list = texts.get(CLASS_LIST, "").splitlines()
     for name, where in files.items():
