@@ -428,7 +428,6 @@ class CompactCache(DenseCache):
         self.window = c.window
         self.ring = min(c.window + 1, c.length)
         super().__init__(gpt, sequences, self.ring + c.prefix + keep)
-        self.visible = self.rows
         self.forever = c.prefix + c.length
         # (R,rows): the code in each cache row, and the last sequence row that sees it
         self.code = torch.full((sequences, self.rows), -1, device=self.device)
@@ -436,8 +435,10 @@ class CompactCache(DenseCache):
         self.count = torch.zeros_like(self.code[:, 0])  # (R,) rows in use after the ring
         self.sequence = torch.arange(sequences * c.heads, device=self.device)[:, None]
 
-    def limit(self, rows):  # attends to all cache rows at any time
-        return self.forever
+    def limit(self, rows):
+        """The same, as each of `rows` sequence rows may be a first position."""
+        super().limit(self.ring + rows)
+        return self.forever if self.visible == self.rows else self.visible - self.ring
 
     def begin(self, t, codes=None):
         """Find a place for sequence row t (1,), which is fed codes (R,), or None: the prefix."""
@@ -452,7 +453,8 @@ class CompactCache(DenseCache):
         self.count += first
         # from here on per head
         self.place = (self.sequence, row.repeat_interleave(self.heads, 0))
-        unseen = (self.last_seen < t).repeat_interleave(self.heads, 0)[:, None]
+        unseen = self.last_seen[:, :self.visible] < t
+        unseen = unseen.repeat_interleave(self.heads, 0)[:, None]
         self.bias = torch.zeros_like(unseen, dtype=self.keys[0].dtype)  # (Rh,1,rows)
         self.bias.masked_fill_(unseen, -math.inf)
 
@@ -777,7 +779,8 @@ def main(argv=None):
     # a run has its tokenizer in its own checkpoint
     if config.resume:
         saved = load_checkpoint(f"{config.out}/ckpt.pt", "generator")
-        made, config.cache = saved["tokenizer"], config.cache or saved["config"]["cache"]
+        made = saved["tokenizer"]
+        config.cache = config.cache or saved["config"]["cache"]
     else:
         made = load_checkpoint(config.tokenizer, "tokenizer")
     made = dict(config=made["config"], ema=made["ema"])
@@ -798,7 +801,7 @@ def main(argv=None):
     tokenizer.to(run.device)
     sample_k = config.mode != "raster"
     codes = open_codes(train_set, tokenizer, config, run, config.views, sample_k)
-    val_codes = []
+    val_codes = []  # codes, source, class of up to 1,000 images
     for images, labels in val_batches(val_set, 1000, min(64, micro), run, loader_workers(config)):
         encoded = tokenizer.encode(images)
         val_codes.append((encoded.codes.gather(1, encoded.source), encoded.source, labels))

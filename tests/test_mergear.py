@@ -198,6 +198,14 @@ def test_compact_cache_equals_masked_forward(window, keep):
         everything = torch.ones(6, 64, 64).tril().bool()
         assert not torch.allclose(full, gpt(codes, labels, keep, everything)[0][0], atol=1e-2)
 
+def test_compact_cache_grows():
+    """More first positions than the rows that are visible so far, here 64 and then 107."""
+    gpt = small_gpt(mode="mergear", window=4, length=144, bits=8, keeps=(100,))
+    codes, labels = redundant_codes(13, 144, 256), torch.arange(13) % 4
+    full, visible = full_logits(gpt, codes, labels, 100)[0], set()
+    cached = cached_logits(gpt, codes, labels, 100, lambda cache, t: visible.add(cache.visible))[0]
+    assert torch.allclose(full, cached, atol=1e-4) and visible == {64, 107}
+
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 1, 2), (1, 3), (1, 2, 1)])
 def test_parallel_steps_equal_the_full_forward(counts, monkeypatch):
     """Wrong rows, angles or masks in the cache: n codes asked for at once each see all pairs
