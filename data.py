@@ -539,7 +539,7 @@ def read_tars(found):
         raise UserError(f"{bare[0]} has no .cls and no label in a .json: add it, as for others")
     return entries if bare else images  # with labels a folder is no class
 
-@functools.lru_cache(maxsize=None)  # the train and the val split read the same tars
+@functools.lru_cache(maxsize=None)  # both splits read the same tars; another date, read again
 def read_tar(path, mtime, size):
     """Headers of one tar -> Found. Raises UserError."""
     found, files, texts = Found(), {}, {}
