@@ -288,6 +288,15 @@ def build_dataset(spec, split, size, train, seed=0, labels=True):
     kind = Shapes if spec == "shapes" else ImageFiles
     return kind(spec, split, size, train, seed, labels)
 
+def open_data(config, size):
+    """The data set of a training run -> (training images, random crops; validation images, centre
+    crops). With --max-steps 0 the config gets the steps that --epochs needs."""
+    train_set = build_dataset(config.data, "train", size, True, config.seed, config.labels)
+    val_set = build_dataset(config.data, "val", size, False, labels=config.labels)
+    steps = config.epochs * len(train_set) // config.batch_size
+    config.max_steps = config.max_steps or max(1, steps)
+    return train_set, val_set
+
 # The embedded data set: one coloured shape on a quiet background
 
 def _ngon(n, radius=1.0, turn=0.0):
@@ -1230,6 +1239,21 @@ def load_parts(path, state, **parts):
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{name} of {path} does not fit ({reason}): pass the flags of that run")
 
+def save_run(config, kind, step, skipped, parts, **more):
+    """Write OUT/ckpt.pt. No random state is in it: all randomness is a function of the step."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    save_checkpoint(f"{config.out}/ckpt.pt", kind, config=dataclasses.asdict(config), step=step,
+                    skipped=int(skipped), **states, **more)
+
+def resume_run(config, state, run, parts):
+    """Give `parts` their states -> (step, number of skipped steps as a 0-d tensor). A new run has
+    no state and starts at 0."""
+    step, skipped = 0, torch.zeros((), device=run.device)
+    if state:
+        load_parts(f"{config.out}/ckpt.pt", state, **parts)
+        step, skipped = state["step"], skipped + state["skipped"]
+    return step, skipped
+
 def weights_hash(state_dict):
     """sha256 of names, types, shapes and values: two equal hashes mean the same model."""
     digest = hashlib.sha256()
@@ -1334,6 +1358,14 @@ def learning_rate(step, config):
     if config.lr_schedule == "step":
         return config.lr * (1.0 if done < 0.8 else 0.1 if done < 0.95 else 0.01)
     return config.lr
+
+def set_learning_rate(step, config, *optimizers):
+    """-> the rate of this step, which all parameter groups get: those with a `scale` times it."""
+    lr = learning_rate(step, config)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("scale", 1)
+    return lr
 
 def adamw(parameters, config, betas):
     """Fused AdamW over the trainable parameters; matrices decay, vectors do not."""

@@ -49,11 +49,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import (ImageDataset, Metrics, Parser, RunConfig, UserError, arg, batches, build_dataset,
-                  catch_signals, end_run, from_uint8, gather_rows, image_grid, learning_rate,
-                  load_checkpoint, load_parts, loader_workers, micro_batch, open_out,
-                  parallel, parse_config, plot_rows, presets, run_main, save_checkpoint, seeded,
-                  start_run, step_if_finite, subset, to_uint8, update_ema, val_batches,
-                  weights_hash)
+                  catch_signals, end_run, from_uint8, gather_rows, image_grid, load_checkpoint,
+                  load_parts, loader_workers, micro_batch, open_data, open_out, parallel,
+                  parse_config, plot_rows, presets, resume_run, run_main, save_run, seeded,
+                  set_learning_rate, start_run, step_if_finite, subset, to_uint8, update_ema,
+                  val_batches, weights_hash)
 from mergear import GPT, MODES, GPTConfig, draw_images, load_generator, sample_codes
 from tokenizer import (MergeVQ, ResBlock, bit_balance, code_statistics, first_position_of_token,
                        load_lpips, load_tokenizer, load_weights, merge_schedule, nearest_first,
@@ -299,7 +299,7 @@ def load_classifier(path, device="cpu"):
     """Checkpoint of train-classifier -> (Classifier, frozen, in eval mode; its other entries)."""
     state = load_checkpoint(path, "classifier")
     config = state["config"]
-    model = Classifier(config["size"], config["num_classes"], config.get("width", 32))
+    model = Classifier(config["size"], len(state["class_names"]), config.get("width", 32))
     load_parts(path, state, ema=model)
     if state["step"] < config["max_steps"]:
         raise UserError(f"{path} is half trained, at step {state['step']} of "
@@ -650,7 +650,7 @@ def gen(args, argv):
     asked, size, streams, record = opened(args, run)
     features = Features(args, size, run)
     judge, train_set, pixels, real = features.judge, None, None, None
-    if judge and asked.max() >= judge["config"]["num_classes"]:
+    if judge and asked.max() >= len(judge["class_names"]):
         raise UserError(f"--classifier {args.classifier} has no class {int(asked.max())}: train "
                         "one on the same --data")
     args.data = args.data or judge.get("config", {}).get("data", "")
@@ -936,13 +936,10 @@ def finetune(argv):
 def fit(config, argv, kind, size, make_model, **record):
     """Train make_model(number of classes): images (B,3,size,size) -> features, logits (B,C)."""
     config.command = argv[0]
-    train_set = build_dataset(config.data, "train", size, True, config.seed, config.labels)
-    val_set = build_dataset(config.data, "val", size, False, labels=config.labels)
+    train_set, val_set = open_data(config, size)
     classes = train_set.num_classes
     if classes < 2:
         raise UserError(f"--data {config.data} has no classes to tell apart: pass class folders")
-    steps = config.epochs * len(train_set) // config.batch_size
-    config.max_steps = config.max_steps or max(1, steps)
     config.warmup = min(config.warmup, config.max_steps // 10)
     run = start_run(config)
     micro = micro_batch(config, run)
@@ -953,11 +950,8 @@ def fit(config, argv, kind, size, make_model, **record):
     groups = layer_groups(raw_model, config)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, config.beta2), fused=True)
     parts = dict(model=raw_model, ema=ema, optimizer=optimizer)
-    step, skipped, val_accuracy = 0, torch.zeros((), device=run.device), 0.0
-    if state:
-        load_parts(f"{config.out}/ckpt.pt", state, **parts)
-        step, skipped = state["step"], skipped + state["skipped"]
-        val_accuracy = state["val_accuracy"]
+    step, skipped = resume_run(config, state, run, parts)
+    val_accuracy = state["val_accuracy"] if state else 0.0
     if config.compile:
         (raw_model.features if kind == "classifier" else raw_model.encoder.stem).compile()
     model = parallel(raw_model, run)
@@ -972,16 +966,12 @@ def fit(config, argv, kind, size, make_model, **record):
             val_accuracy = accuracy(ema, images_of(val_set, config.num, per_rank, run), run)
             metrics.scores(step, dict(val_accuracy=val_accuracy))
         if run.main and (last or stopping or step % config.save_every == 0):
-            save_checkpoint(f"{config.out}/ckpt.pt", kind, step=step, skipped=int(skipped),
-                            config=dict(dataclasses.asdict(config), num_classes=classes),
-                            class_names=list(train_set.class_names), val_accuracy=val_accuracy,
-                            **{name: part.state_dict() for name, part in parts.items()})
+            save_run(config, kind, step, skipped, parts, val_accuracy=val_accuracy,
+                     class_names=list(train_set.class_names))
         if last or stopping:
             break
 
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+        lr = set_learning_rate(step, config, optimizer)
         # drop path draws from torch's generator: the same after a resume
         torch.manual_seed(seeded(config.seed, step, 3, run.rank).initial_seed())
         raw_model.train()

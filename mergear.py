@@ -34,13 +34,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Metrics, RunConfig, View, adamw, arg, build_dataset, catch_signals,
-                  end_run, gather_rows, image_grid, learning_rate, load_batches, load_checkpoint,
-                  load_parts, loader_workers, micro_batch, new_array, open_out,
-                  parallel, parse_config, presets, run_main, save_checkpoint, seeded, start_run,
+from data import (Metrics, RunConfig, View, adamw, arg, catch_signals, end_run, gather_rows,
+                  image_grid, load_batches, load_checkpoint, load_parts, loader_workers,
+                  micro_batch, new_array, open_data, open_out, parallel, parse_config, presets,
+                  resume_run, run_main, save_run, seeded, set_learning_rate, start_run,
                   step_if_finite, update_ema, val_batches, weights_hash)
-from tokenizer import (first_position_of_token, keep_distribution, sample_keep,
-                       tokenizer_from_state)
+from tokenizer import first_position_of_token, keep_distribution, sample_keep, tokenizer_from_state
 
 # -----------------------------------------------------------------------------
 # Config. Every field with arg() is a flag.
@@ -787,10 +786,7 @@ def main(argv=None):
     tokenizer = tokenizer_from_state(made)
     t = tokenizer.config
     config.data = config.data or t.data
-    train_set = build_dataset(config.data, "train", t.size, True, config.seed, config.labels)
-    val_set = build_dataset(config.data, "val", t.size, False, labels=config.labels)
-    steps = config.epochs * len(train_set) // config.batch_size
-    config.max_steps = config.max_steps or max(1, steps)
+    train_set, val_set = open_data(config, t.size)
     config.cache = config.cache or os.path.join(os.path.dirname(config.tokenizer), "codes")
     config = dataclasses.replace(
         config, bits=t.bits, length=t.length, keep=t.keep, keeps=tuple(keep_distribution(t)[0]),
@@ -812,10 +808,7 @@ def main(argv=None):
     betas = (0.9, 0.95) if config.mode == "randar" else (0.9, 0.99)  # Table A2
     optimizer = adamw(raw_model.parameters(), config, betas)
     parts = dict(model=raw_model, ema=ema, optimizer=optimizer)
-    step, skipped = 0, torch.zeros((), device=run.device)
-    if state:
-        load_parts(f"{config.out}/ckpt.pt", state, **parts)
-        step, skipped = state["step"], skipped + state["skipped"]
+    step, skipped = resume_run(config, state, run, parts)
     if config.compile:
         raw_model.compile()
     model = parallel(raw_model, run)
@@ -836,17 +829,12 @@ def main(argv=None):
             if run.main:
                 draw_samples(ema, tokenizer, config, f"{config.out}/samples_{step:07d}.png")
         if run.main and (last or stopping or step % config.save_every == 0):
-            save_checkpoint(f"{config.out}/ckpt.pt", "generator", step=step,
-                            config=dataclasses.asdict(config), skipped=int(skipped),
-                            class_names=list(config.class_names), tokenizer=made,
-                            **{name: part.state_dict() for name, part in parts.items()})
+            save_run(config, "generator", step, skipped, parts, tokenizer=made)
         if last or stopping:
             break
 
         # randomness of the global batch. Only nn.Dropout differs between ranks
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(step, config, optimizer)
         shape = config.batch_size, config.length
         hide = torch.rand(shape, generator=seeded(config.seed, step, 3)) < config.token_dropout
         unlabel = torch.rand(shape[0], generator=seeded(config.seed, step, 4))

@@ -27,10 +27,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import (Metrics, RunConfig, UserError, adamw, arg, build_dataset, catch_signals, end_run,
-                  gather_rows, learning_rate, load_parts, loader_workers, micro_batch, open_out,
-                  parallel, parse_config, run_main, save_checkpoint, seeded, start_run,
-                  step_if_finite, update_ema, val_batches)
+from data import (Metrics, RunConfig, UserError, adamw, arg, catch_signals, end_run, gather_rows,
+                  load_parts, loader_workers, micro_batch, open_data, open_out, parallel,
+                  parse_config, resume_run, run_main, save_run, seeded, set_learning_rate,
+                  start_run, step_if_finite, update_ema, val_batches)
 from mergear import (code_batches, draw, draw_orders, join_codes, load_generator, open_codes,
                      sequence)
 from tokenizer import codes_to_bits, first_position_of_token, nearest_first, psnr
@@ -96,30 +96,27 @@ def main(argv=None):
         raise UserError(f"--generator {config.generator} is a {g.mode} model, which needs no "
                         "recovery: pass one of mergear.py --mode randar")
     config.data = config.data or g.data
-    train_set = build_dataset(config.data, "train", t.size, True, g.seed, g.labels)
-    val_set = build_dataset(config.data, "val", t.size, False, labels=g.labels)
-    steps = config.epochs * len(train_set) // config.batch_size
-    config.max_steps = config.max_steps or max(1, steps)
+    config.cache = config.cache or g.cache
+    # images and codes as the generator saw them, so that its code cache is found
+    as_before = dataclasses.replace(config, seed=g.seed, labels=g.labels)
+    train_set, val_set = open_data(as_before, t.size)
+    config.max_steps = as_before.max_steps
     run = start_run(config)
     micro = micro_batch(config, run)
     state = open_out(config, run, "generator")
     gpt.to(run.device)
     tokenizer.to(run.device)
-    config.cache = config.cache or g.cache or f"{config.out}/codes"
-    same_seed = dataclasses.replace(config, seed=g.seed)  # a cache is tied to its seed
-    codes = open_codes(train_set, tokenizer, same_seed, run, g.views, True)
+    codes = open_codes(train_set, tokenizer, as_before, run, g.views, True)
 
     # the tokenizer's own recovery becomes the average of the weights that are trained
     ema = tokenizer.recovery
     before = copy.deepcopy(ema)
     raw_model = copy.deepcopy(ema).train().requires_grad_(True)
     optimizer = adamw(raw_model.parameters(), config, betas=(0.9, 0.95))
-    step, skipped = 0, torch.zeros((), device=run.device)
+    parts = dict(ema=gpt, recovery=raw_model, recovery_optimizer=optimizer)
+    step, skipped = resume_run(config, state, run, parts)
     if state:
-        path = f"{config.out}/ckpt.pt"
-        load_parts(path, state, ema=gpt, recovery=raw_model, recovery_optimizer=optimizer)
-        load_parts(path, state["tokenizer"], ema=tokenizer)
-        step, skipped = state["step"], skipped + state["skipped"]
+        load_parts(f"{config.out}/ckpt.pt", state["tokenizer"], ema=tokenizer)
     if config.compile:
         raw_model.compile()
     model = parallel(raw_model, run)
@@ -135,18 +132,13 @@ def main(argv=None):
             metrics.scores(step, dict(val_accuracy=accuracy, val_psnr=quality))
         if run.main and (last or stopping or step % config.save_every == 0):
             made = dict(config=dataclasses.asdict(t), ema=tokenizer.state_dict())
-            save_checkpoint(f"{config.out}/ckpt.pt", "generator", tokenizer=made, step=step,
-                            config=dataclasses.asdict(g), ema=gpt.state_dict(),
-                            class_names=list(g.class_names), skipped=int(skipped),
-                            recovery=raw_model.state_dict(),
-                            recovery_optimizer=optimizer.state_dict())
+            generator = dataclasses.replace(g, out=config.out)
+            save_run(generator, "generator", step, skipped, parts, tokenizer=made)
         if last or stopping:
             break
 
         # one optimizer step
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(step, config, optimizer)
         logs = defaultdict(float)
         for micro_step in range(config.accum):
             # DDP averages the gradients in the last backward pass only

@@ -42,9 +42,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import (AUGMENT_DRAWS, Metrics, RunConfig, UserError, adamw, arg, augment, batches,
-                  build_dataset, catch_signals, end_run, gather_rows, image_grid, learning_rate,
-                  load_checkpoint, load_parts, loader_workers, mean_over_ranks, micro_batch,
-                  open_out, parallel, parse_config, presets, run_main, save_checkpoint, seeded,
+                  catch_signals, end_run, gather_rows, image_grid, load_checkpoint, load_parts,
+                  loader_workers, mean_over_ranks, micro_batch, open_data, open_out, parallel,
+                  parse_config, presets, resume_run, run_main, save_run, seeded, set_learning_rate,
                   start_run, step_if_finite, subset, update_ema, val_batches)
 
 # -----------------------------------------------------------------------------
@@ -757,6 +757,8 @@ class Discriminator(nn.Module):
             layers.append(nn.LeakyReLU(0.2))
             c = w
         self.layers = nn.Sequential(*layers, nn.Conv2d(c, 1, 4, 1, 1))
+        # running means of the logits of real and of fake images, for lecam_loss
+        self.register_buffer("lecam", torch.zeros(2))
         for m in self.layers:
             if isinstance(m, nn.Conv2d):
                 nn.init.normal_(m.weight, std=0.02)
@@ -926,8 +928,7 @@ def teacher_outputs(config, run, ema, dinov2, images, keep, draws):
 
 def main(argv=None):
     config = parse_config(TokenizerConfig, __doc__, argv, VARIANTS, "variant")
-    train_set = build_dataset(config.data, "train", config.size, True, config.seed, config.labels)
-    val_set = build_dataset(config.data, "val", config.size, False, labels=config.labels)
+    train_set, val_set = open_data(config, config.size)
     if config.align == "label" and train_set.num_classes < 2:
         raise UserError(f"--align label needs class folders, but --data {config.data} has "
                         f"{train_set.num_classes} classes: pass --align ema")
@@ -935,8 +936,6 @@ def main(argv=None):
         config.align_dim = train_set.num_classes
     elif config.align == "dinov2":
         config.align_dim = DINOV2.width
-    steps = config.epochs * len(train_set) // config.batch_size
-    config.max_steps = config.max_steps or max(1, steps)
     run = start_run(config)
     micro = micro_batch(config, run)
 
@@ -957,14 +956,9 @@ def main(argv=None):
     disc_optimizer = adamw(discriminator.parameters(), config, (config.beta1, config.beta2))
     parts = dict(model=raw_model, ema=ema, disc=discriminator, optimizer=optimizer,
                  disc_optimizer=disc_optimizer)
-    lecam = torch.zeros(2, device=run.device)                      # mean logit of real, of fake
-    # averages and their rates
-    running = dict(lecam=(lecam, 0.01), bits=(raw_model.bit_norm.stats, 0.1))
-    step, skipped = 0, torch.zeros((), device=run.device)
-    if state:
-        load_parts(f"{config.out}/ckpt.pt", state, **parts)
-        lecam.copy_(state["lecam"])
-        step, skipped = state["step"], skipped + state["skipped"]
+    # averages over the steps, and their rates
+    running = dict(lecam=(discriminator.lecam, 0.01), bits=(raw_model.bit_norm.stats, 0.1))
+    step, skipped = resume_run(config, state, run, parts)
     if config.compile:
         raw_model.decoder.features = torch.compile(raw_model.decoder.features)
         raw_model.encoder.stem.compile()
@@ -992,19 +986,14 @@ def main(argv=None):
             if run.main:
                 path = f"{config.out}/recon_{step:07d}.png"
                 draw_reconstructions(ema, val_set, config, run, path)
-        # no random state in it: all randomness is a function of (seed, step)
         if run.main and (last or stopping or step % config.save_every == 0):
-            save_checkpoint(f"{config.out}/ckpt.pt", "tokenizer", step=step,
-                            config=dataclasses.asdict(config), skipped=int(skipped),
-                            class_names=list(train_set.class_names), lecam=lecam,
-                            **{name: part.state_dict() for name, part in parts.items()})
+            save_run(config, "tokenizer", step, skipped, parts)
         if last or stopping:
             break
 
         # lr and K are functions of (seed, step)
-        lr, keep = learning_rate(step, config), sample_keep(config, step)
-        for group in optimizer.param_groups + disc_optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(step, config, optimizer, disc_optimizer)
+        keep = sample_keep(config, step)
         gan_on = config.w_disc > 0 and step >= config.disc_start
         w_gan = config.w_disc * min(1.0, (step - config.disc_start + 1) / config.disc_ramp)
         shape = config.batch_size, 2, AUGMENT_DRAWS
@@ -1050,7 +1039,7 @@ def main(argv=None):
                 with run.autocast():
                     real, fake = disc(torch.cat([images, out.images.detach()])).chunk(2)
                 losses["disc"] = hinge_loss(real, fake)
-                losses["lecam"] = lecam_loss(real, fake, lecam)
+                losses["lecam"] = lecam_loss(real, fake, discriminator.lecam)
                 disc_loss = losses["disc"] + config.w_lecam * losses["lecam"]
                 (disc_loss / config.accum).backward()
                 means["lecam"] += torch.stack([real.mean(), fake.mean()]).detach()

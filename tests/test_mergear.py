@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mergear
-from data import View, seeded
+from data import View, build_dataset, seeded
 from mergear import (GPT, MODELS, MODES, GPTConfig, code_losses, draw, draw_orders, guide,
                      join_codes, load_generator, mergear_mask, position_losses, rope_table,
                      sample_codes, sequence, split_codes)
@@ -467,7 +467,7 @@ def cached(place):
         train(place, "cached", views=8, max_steps=1, cache=place / "eight")
         gpt, tokenizer = load_generator(place / "cached/ckpt.pt")
         run = mergear.start_run(dataclasses.replace(gpt.config, device="cpu"))
-        images = mergear.build_dataset(tokenizer.config.data, "train", 8, train=True)
+        images = build_dataset(tokenizer.config.data, "train", 8, train=True)
         codes = mergear.open_codes(images, tokenizer, gpt.config, run, 8, True)
     assert len(list((place / "eight").iterdir())) == 1  # found again
     return gpt, tokenizer, run, images, codes

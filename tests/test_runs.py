@@ -49,13 +49,13 @@ def train(place, script, out, **changes):
 
 def at_step(monkeypatch, script, action):
     """Call action(step) at the beginning of each training step."""
-    before = data.learning_rate
+    before = data.set_learning_rate
 
-    def learning_rate(step, config):
+    def set_learning_rate(step, *rest):
         action(step)
-        return before(step, config)
+        return before(step, *rest)
 
-    monkeypatch.setattr(SCRIPTS[script], "learning_rate", learning_rate)
+    monkeypatch.setattr(SCRIPTS[script], "set_learning_rate", set_learning_rate)
 
 # Kills, signals, disks
 
@@ -155,17 +155,17 @@ sys.path[:0] = [{root!r}]
 import torch
 import data, tokenizer
 
-before = tokenizer.learning_rate
+before = tokenizer.set_learning_rate
 run = data.Run(0, 1, torch.device("cpu"), torch.float32)
-def learning_rate(step, config):
+def set_learning_rate(step, config, *optimizers):
     if step == 3 and os.environ.get("RANK", "0") == "0":
         val = data.val_batches(data.build_dataset(config.data, "val", 8, False), 4, 2, run, 1)
         next(val)  # a second loader is at work
         open({mark!r}, "w").close()
         raise RuntimeError("out of memory")
-    return before(step, config)
+    return before(step, config, *optimizers)
 
-tokenizer.learning_rate = learning_rate
+tokenizer.set_learning_rate = set_learning_rate
 if __name__ == "__main__":
     tokenizer.run_main(tokenizer.main)
 """

@@ -528,7 +528,7 @@ def test_two_ranks_equal_one_process(tmp_path):
             "grad_norm"} <= set(rows[-1])
     row = rows[-1]
     assert row["entropy"] == pytest.approx(row["entropy_sample"] - row["entropy_codebook"])
-    torch.testing.assert_close(two["lecam"], one["lecam"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(two["disc"]["lecam"], one["disc"]["lecam"], rtol=0, atol=1e-5)
     close(one, two, ("model", "disc"))
 
 def test_decoder_learns_to_please_the_discriminator(tmp_path):
@@ -569,7 +569,7 @@ def test_accumulation_equals_one_large_batch(tmp_path):
                for state in (one, four)]
     for a, b in zip(*moments, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(four["lecam"], one["lecam"])
+    torch.testing.assert_close(four["disc"]["lecam"], one["disc"]["lecam"])
 
 def test_checkpoint_is_whole_and_plain(tmp_path):
     """Prefixes of wrappers in the names, pickled classes, weights that are not the EMA's."""
