@@ -15,6 +15,9 @@ positions its code again. Three models learn these codes:
     randar    the K merged codes only, in random order, several per step (RandAR, 2412.01827).
               The model also draws their first positions; source recovery fills the others
 
+Equations of the paper: 12 and figure 6 mergear_mask and CompactCache, 13 (RandAR) GPT.forward and
+sample_parallel.
+
 Axis letters: B samples, R rows of a decoding step (2B under guidance), L positions, K merge count,
 N codes of a sequence (L, or K in randar mode), D width, S sub-tokens, T sequence length,
 P prefix length, h heads, n tokens fed or drawn in one step.
@@ -93,6 +96,7 @@ class GPTConfig(RunConfig):
 
     @property
     def sub_bits(self):  # how the d bits of a code are divided into sub-tokens, low bits first
+        # 18 bits: 64 and 4,096 outputs, not 262,144
         return (self.bits,) if self.bits <= 10 else (6, self.bits - 6)
 
 # parameters with d = 8, L = 64: tiny 0.5M; with d = 18, L = 1024: b 106M, l 343M, xl 784M
@@ -115,25 +119,28 @@ MODELS = presets(GPTConfig, ("tiny", "b", "l", "xl"))
 #                predicts          x_0     x_a     ... x_z
 #                and               {p}     {p}                {p}: those that remain
 #
-#   seeded() tags  (seed, step, 3) token dropout, (seed, step, 4) class dropout,
+#   seeds          (seed, step, 3) token dropout, (seed, step, 4) class dropout,
 #                  (seed, step, rank, 5) nn.Dropout, (seed, step, 6) rows of the code cache,
-#                  (seed, step, 7) order of the merged tokens; (seed, sample) one sample
+#                  (seed, step, 7) order of the merged tokens, (seed, 1, step) K as in stage 1,
+#                  (seed, view) order of a view in the code cache, (seed, sample) one sample
 
 # -----------------------------------------------------------------------------
 # MergeAR: what a position may see (paper Eq. 12 and Figure 6).
 
-def mergear_mask(groups, window, keep=None):
-    """(B,L) source or codes -> (B,L,L) bool: may the row that is fed x_i (axis 1), and predicts
-    x_{i+1}, attend to the row that is fed x_j (axis 2)?
+def mergear_mask(token_of, window, keep=None):
+    """(B,L) merged token of each position -> (B,L,L) bool: may the row that is fed x_i (axis 1),
+    and predicts x_{i+1}, attend to the row that is fed x_j (axis 2)?
 
-    Yes if j is i, one of the `window` positions before i, or the first position of its group.
-    Groups after the first `keep` have no first: a compact cache has no place for them.
+    Yes if j is i, one of the `window` positions before i, or the first position of its token. In
+    training token_of is source. Sampling has no source: there equal codes count as one token.
+    Tokens after the first `keep` have no first: a compact cache has no place for them.
     """
-    same = groups[:, :, None] == groups[:, None]  # (B,L,L)
-    first = ~same.tril(-1).any(2)  # (B,L)
+    same = token_of[:, :, None] == token_of[:, None]  # (B,L,L)
+    met_before = same.tril(-1).any(2)
+    first = ~met_before  # (B,L)
     if keep is not None:
         first = first & (first.cumsum(1) <= keep)
-    i = torch.arange(groups.shape[1], device=groups.device)
+    i = torch.arange(token_of.shape[1], device=token_of.device)
     distance = i[:, None] - i  # (L,L)
     near = distance <= window
     return (distance >= 0) & (near | first[:, None])
@@ -202,9 +209,11 @@ class Block(nn.Module):
         """x (B,T,D); attend(q, k, v), each (B,h,T,D/h), -> (B,h,T,D/h); rope: cos and sin."""
         B, T, D = x.shape
         qkv = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, D // self.heads)
-        qk, v = qkv.permute(2, 0, 3, 1, 4).split([2, 1])  # (2,B,h,T,D/h), (1,B,h,T,D/h)
-        q, k = qk if rope is None else rotate(qk, *rope)
-        mixed = attend(q, k, v[0]).transpose(1, 2).reshape(B, T, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3,B,h,T,D/h)
+        q, k, v = qkv
+        if rope is not None:
+            q, k = rotate(qkv[:2], *rope)
+        mixed = attend(q, k, v).transpose(1, 2).reshape(B, T, D)
         x = x + self.dropout(self.proj(mixed))
         gate, up = self.up(self.norm2(x)).chunk(2, dim=-1)
         return x + self.dropout(self.down(F.silu(gate) * up))
@@ -214,6 +223,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, D = config, config.width
+        # a head turns pairs of numbers, half of them with the row and half with the column
         assert D % (4 * c.heads) == 0, f"--width {D} is not a multiple of 4 x --heads {c.heads}"
         self.config = config
         self.null_class = c.num_classes
@@ -274,6 +284,7 @@ class GPT(nn.Module):
             x = torch.where(hidden, self.mask_embed.to(x.dtype), x)
         rope = rope_table(c, x.device)  # (2,P+L,D/h)
         if c.mode == "randar":
+            # Eq. 13: before each code stands the instruction that says where it goes
             asked = self.position_instruction(first).to(x.dtype)
             x = torch.stack([asked, x], dim=2).flatten(1, 2)  # (B,2K,D): p x p x ...
             # both rows of a pair turn with the grid position of its token
@@ -295,7 +306,8 @@ class GPT(nn.Module):
         subs = split_codes(codes, c.sub_bits)[..., :-1]
         if c.mode != "randar":
             return self.head(x[:, P - 1:], subs), None
-        # p_a predicts x_a and, not knowing it, the positions after a: one call a step is enough
+        # both are read at the instruction, before its code is fed: so one call of the model can
+        # draw the codes of a step and the positions of the next
         return self.head(x[:, P::2], subs), self.position_head(x[:, P:-1:2])
 
     def run_blocks(self, x, rope, cache):
@@ -326,7 +338,7 @@ def sequence(config, codes, source, keep, order=None):
     GPT.forward besides labels). order (B,K): randar only."""
     if config.mode == "raster":
         return codes, {}
-    if config.mode == "mergear":
+    if config.mode == "mergear":  # Eq. 12
         return codes, dict(keep=keep, mask=mergear_mask(source, config.window))
     first = first_position_of_token(source, keep).gather(1, order)  # (B,K)
     return codes.gather(1, first), dict(keep=keep, first=first)
@@ -351,6 +363,7 @@ def position_losses(logits, first):
     """
     B, K = first.shape
     turn = torch.arange(K, device=first.device)  # (K,)
+    # the turn at which each position is drawn. Row k may still ask for those of later turns
     drawn_at = torch.full((B, 1, logits.shape[2]), K, device=first.device)  # K: never
     drawn_at.scatter_(2, first[:, None], turn.expand(B, 1, K))
     possible = drawn_at > turn[:-1, None]  # (B,K-1,L)
@@ -367,10 +380,11 @@ def all_losses(model, config, codes, source, labels, keep, order, dropped=None):
     codes, inputs = sequence(config, codes, source, keep, order)  # (B,N)
     logits, positions = model(codes, labels, dropped=dropped, **inputs)
     loss, bits = code_losses(logits, codes, config.sub_bits, config.label_smoothing)
+    # a new loss needs an entry here, and its share of "loss"
     losses = dict(loss=loss.mean(1), bits=bits.mean(1))
     if config.mode == "randar":
         position, losses["position_bits"] = position_losses(positions, inputs["first"])
-        losses["position"] = position.sum(1) / keep
+        losses["position"] = position.sum(1) / keep  # a code, as the loss of the codes
         losses["loss"] = losses["loss"] + config.w_position * losses["position"]
     return losses
 
@@ -388,9 +402,9 @@ class DenseCache:
         self.nbytes = sum(x.nbytes for x in self.keys + self.values)
 
     def limit(self, rows):
-        """From now on attend to the first `rows` rows, rounded up to a multiple of 64 -> how many:
-        up to there all steps have one shape, and a CUDA graph can replay them."""
-        self.visible = min(-(-rows // 64) * 64, self.rows)
+        """From now on attend to the first `rows` rows, rounded up to a multiple of 64 -> how many.
+        Up to there all steps have one shape, and a CUDA graph can replay them."""
+        self.visible = min(math.ceil(rows / 64) * 64, self.rows)
         return self.visible
 
     def begin(self, t, codes=None, n=1, alone=0):
@@ -430,29 +444,31 @@ class CompactCache(DenseCache):
         self.forever = c.prefix + c.length
         # (R,rows): the code in each cache row, and the last sequence row that sees it
         self.code = torch.full((sequences, self.rows), -1, device=self.device)
-        self.last_seen = torch.full_like(self.code, -1)
+        self.visible_until = torch.full_like(self.code, -1)
         self.count = torch.zeros_like(self.code[:, 0])  # (R,) rows in use after the ring
         self.sequence = torch.arange(sequences * c.heads, device=self.device)[:, None]
 
     def limit(self, rows):
-        """The same, as each of `rows` sequence rows may be a first position."""
+        """The same for `rows` sequence rows, each of which may be a first position."""
         super().limit(self.ring + rows)
         return self.forever if self.visible == self.rows else self.visible - self.ring
 
     def begin(self, t, codes=None):
         """Find a place for sequence row t (1,), which is fed codes (R,), or None: the prefix."""
-        if codes is None:
-            codes = (-2 - t).expand_as(self.count)  # equals no other: stays for ever
+        if codes is None:  # -1 is an empty row, codes are 0 or more: equals nothing, stays for ever
+            codes = (-2 - t).expand_as(self.count)
+        # a code that only the ring holds will be forgotten, so it does not count
         known = (self.code[:, self.ring:] == codes[:, None]).any(1)  # (R,)
         first = ~known & (self.count < self.rows - self.ring)
+        # a first goes behind the last permanent row, a repeat into its slot of the ring
         row = torch.where(first, self.ring + self.count, t % self.ring)[:, None]
-        seen = torch.where(first, self.forever, t + self.window)
+        until = torch.where(first, self.forever, t + self.window)
         self.code.scatter_(1, row, codes[:, None])
-        self.last_seen.scatter_(1, row, seen[:, None])
+        self.visible_until.scatter_(1, row, until[:, None])
         self.count += first
         # from here on per head
         self.place = (self.sequence, row.repeat_interleave(self.heads, 0))
-        unseen = self.last_seen[:, :self.visible] < t
+        unseen = self.visible_until[:, :self.visible] < t
         unseen = unseen.repeat_interleave(self.heads, 0)[:, None]
         self.bias = torch.zeros_like(unseen, dtype=self.keys[0].dtype)  # (Rh,1,rows)
         self.bias.masked_fill_(unseen, -math.inf)
@@ -531,15 +547,15 @@ def sample_in_order(gpt, labels, keep, noise, scales, filters):
     codes = labels.new_zeros(len(noise), P - 1 + L)
     noise = F.pad(noise, (0, 0, P - 1, 0))  # (B,P-1+L,S)
     scales = torch.tensor([1.0] * (P - 1) + scales, device=labels.device)
-    t = labels.new_zeros(1)
+    t = labels.new_zeros(1)  # a tensor: a number would be recorded in the CUDA graph
 
     def step(x=None):
         """Feed row t: the prefix x (R,D), or the code drawn last. Draw a code."""
-        latest = None
+        fed = None
         if x is None:
-            latest = codes.index_select(1, t - 1)[:, 0].repeat(copies)  # (R,)
-            x = gpt.embed_codes(latest)
-        cache.begin(t, latest)
+            fed = codes.index_select(1, t - 1)[:, 0].repeat(copies)  # (R,)
+            x = gpt.embed_codes(fed)
+        cache.begin(t, fed)
         h = gpt.run_blocks(x[:, None], rope.index_select(1, t), cache)  # (R,1,D)
         u = noise.index_select(1, t)
         scale = scales.index_select(0, t)
@@ -550,6 +566,7 @@ def sample_in_order(gpt, labels, keep, noise, scales, filters):
     for x in gpt.embed_prefix(labels, keep).unbind(1):
         step(x)
     done = P
+    # the steps up to a limit of the cache are alike
     while done < codes.shape[1]:
         end = min(cache.limit(done + 1), codes.shape[1])
         repeat(step, end - done, labels.device)
@@ -559,7 +576,8 @@ def sample_in_order(gpt, labels, keep, noise, scales, filters):
 def arccos_steps(keep, steps=None):
     """How many of `keep` codes each step draws: one, then few, at last many. After a share r of
     the steps, 1 - 2/pi arccos(r) of the codes are known (MaskGIT, 2202.04200)."""
-    # the paper's 64 steps for 144 codes and 88 for 256; a power law for other counts
+    # the paper's 64 steps for 144 codes and 88 for 256, and a power law through both: the
+    # exponent is log(88 / 64) / log(256 / 144)
     steps = steps or max(1, min(keep, round(64 * (keep / 144) ** 0.5535)))
     assert min(2, keep) <= steps <= keep, f"{steps} steps for {keep} codes"
     shares = [1 - 2 / math.pi * math.acos(s / steps) for s in range(steps + 1)]
@@ -583,8 +601,8 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
     bias = torch.zeros(len(noise), L, device=labels.device)
     codes, first, t, known = [], [], 0, 0
     for s, n in enumerate(counts):
-        # feed the pairs drawn last, then the instructions of this step. These see the pairs, but
-        # not each other. The next call overwrites their rows of the cache by whole pairs
+        # fed: [p x p x p x] of the step before, then [p p p] of this step, which see the pairs
+        # but not each other. The next call writes its pairs over them in the cache
         at = drawn.repeat(copies, 1)  # (R,n)
         asked = gpt.position_instruction(at)
         cache.limit(t + x.shape[1] + n)
@@ -608,7 +626,8 @@ def sample_parallel(gpt, labels, keep, noise, position_noise, counts, scales, fi
         # asked at the last instruction. It knows neither the codes just drawn nor the other
         # positions of this step: `bias` forbids to draw them again
         logits = gpt.position_head(h[:, -1]).float()  # (R,L)
-        logits = guide(logits, scales[s + 1]) if copies == 2 else logits  # (B,L)
+        if copies == 2:  # positions of the next step, so its scale
+            logits = guide(logits, scales[s + 1])  # (B,L)
         logits = logits / position_temperature + bias
         gumbel = -(-position_noise[:, s].clamp(min=1e-9).log()).log()  # (B,L)
         drawn = (logits + gumbel).topk(counts[s + 1]).indices
@@ -687,6 +706,7 @@ def open_codes(dataset, tokenizer, config, run, views, sample_k):
     t = dataclasses.replace(tokenizer.config, seed=config.seed)
     N = len(dataset)
     blocks = [(view, i) for view in range(views) for i in range(0, N, BLOCK)]
+    # a block has one K, drawn as in a step of stage 1
     keeps = [sample_keep(t, b) if sample_k and view > 0 else t.keep
              for b, (view, _) in enumerate(blocks)]
     keep_of_row = np.repeat(keeps, [min(BLOCK, N - i) for _, i in blocks])
@@ -706,8 +726,10 @@ def open_codes(dataset, tokenizer, config, run, views, sample_k):
         table = np.load(new, "r+")
         orders = [np.random.default_rng([t.seed, view]).permutation(N) for view in range(views)]
         mine = range(run.rank, len(blocks), run.world)
-        keys = [[View(image, view) for image in orders[view][i:i + BLOCK].tolist()]
-                for view, i in blocks[run.rank::run.world]]
+        keys = []
+        for b in mine:
+            view, i = blocks[b]
+            keys.append([View(image, view) for image in orders[view][i:i + BLOCK].tolist()])
         stream = load_batches(dataset, keys, run, loader_workers(config))
         for b in tqdm(mine, f"encoding into {path}", disable=not run.main):
             images, labels = next(stream)
@@ -782,7 +804,7 @@ def main(argv=None):
         config.cache = config.cache or saved["config"]["cache"]
     else:
         made = load_checkpoint(config.tokenizer, "tokenizer")
-    made = dict(config=made["config"], ema=made["ema"])
+    made = dict(config=made["config"], ema=made["ema"])  # all of stage 1 that a generator keeps
     tokenizer = tokenizer_from_state(made)
     t = tokenizer.config
     config.data = config.data or t.data
@@ -793,9 +815,10 @@ def main(argv=None):
         num_classes=train_set.num_classes, class_names=tuple(train_set.class_names))
     run = start_run(config)
     micro = micro_batch(config, run)
+    # the shapes of the weights do not tell these
     state = open_out(config, run, "generator", ("mode", "heads", "window", "views", "seed"))
     tokenizer.to(run.device)
-    sample_k = config.mode != "raster"
+    sample_k = config.mode != "raster"  # which is not told K, so it learns one
     codes = open_codes(train_set, tokenizer, config, run, config.views, sample_k)
     val_codes = []  # codes, source, class of up to 1,000 images
     for images, labels in val_batches(val_set, 1000, min(64, micro), run, loader_workers(config)):
@@ -844,6 +867,7 @@ def main(argv=None):
         raw_model.train()
         for micro_step in range(config.accum):
             codes, source, labels, keep = next(stream)  # (B,L), (B,L), (B,)
+            # K came with the codes. All micro-batches draw this table, and use rows of their own
             orders = draw_orders(config.batch_size, keep, seeded(config.seed, step, 7))
             # this rank's rows of the global batch
             start = (micro_step * run.world + run.rank) * micro

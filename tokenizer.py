@@ -20,6 +20,9 @@ of the K tokens stands for it:
                                                   `-> source (B,L) in [0,K)
     codes, source -> bits (B,K,d) -> one gather -> (B,L,d) -> transformer, CNN -> image
 
+Equations of the paper: 7 match_tokens and merge_tokens, 8 SourceRecovery, 9 and the other losses
+in main, 10 align_loss, 11 unmerge, 14 Attention, 15 and 16 keep_distribution.
+
 Axis letters: B batch, L full tokens, K kept tokens, D width, d code bits, N tokens at this
 layer, M tokens after a merge, h heads, C any channels.
 """
@@ -55,7 +58,8 @@ def squares(first, last):
 
 @dataclasses.dataclass
 class TokenizerConfig(RunConfig):
-    """One column per variant: tiny for a CPU, and the paper's G, G+R, R."""
+    """One column per variant: tiny for a CPU, and the paper's G, G+R, R. A field with a single
+    value has it in all of them."""
     #                       tiny    g     gr    r
     variant: str = arg(     "tiny", "g",  "gr", "r", help="preset: tiny, g, gr or r")
     data: str = arg(        "shapes", *["data/imagenet"] * 3)
@@ -148,9 +152,11 @@ def merge_schedule(full, keep, depth):
     Square decreasing (paper A.1). At most half of the tokens can merge in one block; the rest is
     carried to the next. Raises UserError when that cannot reach `keep`.
     """
+    # for a linear schedule leave the square out. No checkpoint records it, so train again
     weights = [(depth - i) ** 2 for i in range(depth)]
     schedule, merged = [], 0
     for i in range(depth):
+        # how many should have merged so far: sums that are rounded end exactly at full - keep
         aim = round((full - keep) * sum(weights[:i + 1]) / sum(weights))
         r = min(aim - merged, (full - merged) // 2)
         schedule.append(r)
@@ -160,25 +166,23 @@ def merge_schedule(full, keep, depth):
                         f"{keep}: pass --keep and --keeps nearer to {full}, and at most that")
     return schedule
 
-@torch.no_grad()
-def match_tokens(metric, r, protected=1):
+@torch.no_grad()  # the choice of pairs is discrete and has no gradient
+def match_tokens(metric, r):
     """Bipartite soft matching (2210.09461 section 3): the r most similar pairs of an even and
     an odd token merge.
 
-    metric (B,N,C): attention keys, averaged over heads. The first `protected` tokens neither
-    merge nor are merged into. Returns new_index (B,N) int64: the place of each old token among
-    the N - r new ones, whose order is kept.
+    metric (B,N,C): attention keys, averaged over heads. Token 0, the class token, does not take
+    part. Returns new_index (B,N) int64: the place of each old token among the N - r new ones,
+    whose order is kept.
     """
     B, N, _ = metric.shape
-    even_protected, odd_protected = (protected + 1) // 2, protected // 2
-    most = (N + 1) // 2 - even_protected
-    assert 0 <= r <= most, f"r = {r} of {N} tokens, {protected} protected: at most {most}"
+    most = (N - 1) // 2  # even tokens besides token 0
+    assert 0 <= r <= most, f"r = {r} of {N} tokens: at most {most} can merge"
     # Many scores are nearly equal. In bfloat16 half of the best ones would tie
     with torch.autocast(metric.device.type, enabled=False):
         metric = F.normalize(metric.float(), dim=-1)
         similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)        # (B,even,odd)
-    similarity[:, :even_protected] = -math.inf
-    similarity[:, :, :odd_protected] = -math.inf
+    similarity[:, 0] = -math.inf
     score, partner = similarity.max(dim=-1)                                  # (B,even)
     merging = score.argsort(dim=1, descending=True, stable=True)[:, :r]      # (B,r)
     remains = torch.ones(B, N, dtype=torch.bool, device=metric.device)
@@ -189,14 +193,14 @@ def match_tokens(metric, r, protected=1):
     new_index[:, ::2] = torch.where(remains[:, ::2], new_index[:, ::2], place_of_partner)
     return new_index
 
-def merge_tokens(x, size, new_index, r=None):
+def merge_tokens(x, size, new_index, r):
     """Size-weighted means of the tokens that share a new index.
 
-    x (B,N,C), size (B,N) float -> (B,N-r,C), (B,N-r). r None: read from new_index, for which
-    a GPU has to be waited for.
+    x (B,N,C), size (B,N) float -> (B,N-r,C), (B,N-r). A mean passes its gradient to all of its
+    tokens, in proportion to their sizes.
     """
     B, N, C = x.shape
-    M = int(new_index.max()) + 1 if r is None else N - r
+    M = N - r
     total = torch.zeros(B, M, C, device=x.device)
     weighted = (x * size[..., None]).float()
     total = total.scatter_add(1, new_index[..., None].expand(-1, -1, C), weighted)
@@ -286,7 +290,7 @@ class BitNorm(nn.Module):
         z, (mean, var) = z.float(), self.stats
         if self.training and self.on:
             moments = torch.stack([z.mean((0, 1)), z.square().mean((0, 1))])
-            mean, square = mean_over_ranks(moments)
+            mean, square = mean_over_ranks(moments)  # the gradient crosses them, on all ranks
             var = (square - mean.square()).clamp_min(0)
         return (z - mean) * (var + 1e-5).rsqrt(), torch.stack([mean, var]).detach()
 
@@ -298,39 +302,6 @@ def run_block(block, grad_ckpt, *inputs):
     if grad_ckpt and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
-
-def norm_groups(x, groups, scale, shift, silu):
-    """GroupNorm of x (B,C,H,W), times scale (1 or B,C), plus shift, then SiLU if wanted.
-
-    Statistics in float32; the result has x's type and is channels_last, as convolutions want it.
-    """
-    n = x.shape[1] // groups                                                 # channels of a group
-    y = x.contiguous(memory_format=torch.channels_last).float()
-    # first over positions, then over channels: so neighbours in memory are read together
-    moments = torch.stack([y.mean((2, 3)), y.square().mean((2, 3))])         # (2,B,C)
-    mean, square = moments.unflatten(2, (groups, n)).mean(3)                 # (B,G)
-    deviation = (square - mean.square()).clamp_min(0).add(1e-5).sqrt()
-    scale = scale / deviation.repeat_interleave(n, 1)                        # (B,C)
-    shift = shift - mean.repeat_interleave(n, 1) * scale
-    y = y * scale[..., None, None] + shift[..., None, None]
-    return (F.silu(y) if silu else y).to(x.dtype)
-
-@functools.cache
-def norm_kernel():
-    """norm_groups as one kernel, where there is a GPU with Triton and a C compiler; else None."""
-    found = importlib.util.find_spec("triton") and shutil.which("cc")
-    if not found or torch.cuda.get_device_capability() < (7, 0):
-        return None
-    torch._dynamo.config.recompile_limit = 64  # a kernel for each shape
-    return torch.compile(norm_groups, dynamic=False)
-
-def fused_norm(x):
-    """The function for x, or None. Under autocast nn.GroupNorm reads and writes float32, in NCHW:
-    twice the bytes, and copies. A kernel pays in training, for large x."""
-    large = x.is_cuda and x.dtype == torch.bfloat16 and x.numel() >= 2 ** 22
-    if not large or not torch.is_grad_enabled():
-        return None
-    return norm_groups if torch.compiler.is_compiling() else norm_kernel()
 
 def norm_silu(x, norm):
     """SiLU of an nn.GroupNorm: (B,C,H,W) -> (B,C,H,W)."""
@@ -377,8 +348,8 @@ class CNN(nn.Module):
         return x
 
 class Attention(nn.Module):
-    """Multi-head attention of x to itself or to a context. With log_size it is proportional:
-    softmax(QK^T / sqrt(d_h) + log s), s the number of patches of a token (2210.09461).
+    """Multi-head attention of x to itself or to a context. With log_size it is proportional
+    (Eq. 14): softmax(QK^T / sqrt(d_h) + log s), s the number of patches of a token (2210.09461).
 
     Keys have no bias: it would add the same number to all scores of a query.
     """
@@ -480,10 +451,10 @@ class Encoder(nn.Module):
             if new_index is not None:  # the map so far, then this block's
                 source = new_index.gather(1, source)
         source, x = source - 1, self.norm(x)                                 # (B,1+K,D)
-        # put the tokens in the order of their new labels
+        # token k has to stand in row k. old_label: in which row it stands so far
         new_source = canonical_source(source, keep)
         old_label = source.gather(1, first_position_of_token(new_source, keep))
-        tokens = unmerge(x[:, 1:], old_label)                                # (B,K,D)
+        tokens = unmerge(x[:, 1:], old_label)  # here just a gather             (B,K,D)
         return self.to_bits(tokens), new_source, x[:, 0], tokens
 
 class AdaptiveNorm(nn.Module):
@@ -716,6 +687,7 @@ class MergeVQ(nn.Module):
         recovery = self.recovery(q, first_position_of_token(source, keep))   # (B,L,K)
         align = None
         if self.align_head is not None:
+            # a view is a second pass of the encoder, in here so that DDP sees it
             align = self.align_head(cls).float() if view is None else self.align(view, keep)
         return Forward(out, z, source, recovery, align, bit_stats)
 
@@ -827,13 +799,14 @@ def align_loss(kind, student, teacher, labels, rank=0):
         return 16 * F.kl_div(log_q, target, reduction="batchmean", log_target=True)
     student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
     own = rank * len(student) + torch.arange(len(student), device=student.device)
-    return F.cross_entropy(student @ teacher.T / 0.1, own)                   # (b,B) logits
+    temperature = 0.1
+    return F.cross_entropy(student @ teacher.T / temperature, own)           # (b,B) logits
 
 def keep_distribution(config):
     """Values of K in training and their probabilities: (list, (n,) array). i counts the values
     from the target, which is 0. exponential (A.3, Eq. 15): p ~ 2 exp(-2 |i|) + 0.1; gaussian
     (Eq. 16): p ~ exp(-i^2 / (2 s^2)) + 0.05 with s = 0.5."""
-    candidates = sorted({*config.keeps, config.keep})
+    candidates = sorted({*config.keeps, config.keep})  # a generator's merge instructions too
     i = np.arange(len(candidates)) - candidates.index(config.keep)
     p = dict(fixed=(i == 0) * 1.0,
              exponential=2 * np.exp(-2.0 * abs(i)) + 0.1,
@@ -841,7 +814,8 @@ def keep_distribution(config):
     return candidates, p / p.sum()
 
 def sample_keep(config, step):
-    """K of a training step, a function of (seed, step): equal on all ranks and after a resume."""
+    """K of a training step, a function of (seed, step): equal on all ranks and after a resume.
+    A batch has one K, since its sequences must be of one length."""
     candidates, p = keep_distribution(config)
     return int(np.random.default_rng([config.seed, 1, step]).choice(candidates, p=p))
 
@@ -949,15 +923,17 @@ def main(argv=None):
         dinov2 = load_dinov2(config.teacher_weights, run.device)
     if config.init == "dinov2":
         select_weights(raw_model.encoder, dinov2)
+    # the shapes of the weights do not tell these
     state = open_out(config, run, "tokenizer", ("heads", "dec_heads", "align"))
 
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     optimizer = adamw(raw_model.parameters(), config, (config.beta1, config.beta2))
     disc_optimizer = adamw(discriminator.parameters(), config, (config.beta1, config.beta2))
+    # what a checkpoint holds, with config and step
     parts = dict(model=raw_model, ema=ema, disc=discriminator, optimizer=optimizer,
                  disc_optimizer=disc_optimizer)
-    # averages over the steps, and their rates
-    running = dict(lecam=(discriminator.lecam, 0.01), bits=(raw_model.bit_norm.stats, 0.1))
+    # buffers that follow the mean of each step, and how fast they do
+    moving_averages = dict(lecam=(discriminator.lecam, 0.01), bits=(raw_model.bit_norm.stats, 0.1))
     step, skipped = resume_run(config, state, run, parts)
     if config.compile:
         raw_model.decoder.features = torch.compile(raw_model.decoder.features)
@@ -991,14 +967,15 @@ def main(argv=None):
         if last or stopping:
             break
 
-        # lr and K are functions of (seed, step)
+        # K and the views are drawn by (seed, 1, step) and (seed, 2, step)
         lr = set_learning_rate(step, config, optimizer, disc_optimizer)
         keep = sample_keep(config, step)
         gan_on = config.w_disc > 0 and step >= config.disc_start
+        # --w-disc weighs the adversarial loss. The discriminator's own loss has weight 1
         w_gan = config.w_disc * min(1.0, (step - config.disc_start + 1) / config.disc_ramp)
         shape = config.batch_size, 2, AUGMENT_DRAWS
         draws = torch.rand(shape, generator=seeded(config.seed, 2, step))
-        logs, means = defaultdict(float), defaultdict(float)
+        logs, step_means = defaultdict(float), defaultdict(float)
         raw_model.train()
         for micro_step in range(config.accum):
             images, labels = next(stream)
@@ -1014,13 +991,15 @@ def main(argv=None):
             with run.autocast():
                 out = model(images, keep, view)
             sample_entropy, codebook_entropy = lfq_entropy(out.z)
-            # a new loss needs a line here, a field w_NAME and its name in CURVES
+            # a new loss needs a line here and a field w_NAME. CURVES plots it. What it looks at
+            # and `out` lacks goes into Forward
             losses = dict(
                 rec=F.mse_loss(out.images, images),
                 perceptual=perceptual(out.images, images).mean(),
                 commit=F.mse_loss(out.z, out.z.detach().sign()),
                 # low when each token is certain and all codes are used equally
                 entropy=sample_entropy - codebook_entropy,
+                # Eq. 9, finite because the true token is always possible
                 recovery=F.cross_entropy(out.recovery.flatten(0, 1), out.source.flatten()),
                 align=align_loss(config.align, out.align, teacher, labels, run.rank))
             loss = sum(getattr(config, f"w_{name}") * value for name, value in losses.items())
@@ -1042,8 +1021,8 @@ def main(argv=None):
                 losses["lecam"] = lecam_loss(real, fake, discriminator.lecam)
                 disc_loss = losses["disc"] + config.w_lecam * losses["lecam"]
                 (disc_loss / config.accum).backward()
-                means["lecam"] += torch.stack([real.mean(), fake.mean()]).detach()
-            means["bits"] += out.bit_stats
+                step_means["lecam"] += torch.stack([real.mean(), fake.mean()]).detach()
+            step_means["bits"] += out.bit_stats
             losses.update(entropy_sample=sample_entropy, entropy_codebook=codebook_entropy)
             for name, value in losses.items():
                 logs[name] += value.detach() / config.accum
@@ -1054,14 +1033,15 @@ def main(argv=None):
         if gan_on:
             disc_norm = nn.utils.clip_grad_norm_(discriminator.parameters(), config.clip)
         finite = step_if_finite(norm + disc_norm, optimizer, disc_optimizer)
-        for name, value in means.items():
-            average, rate = running[name]
+        for name, value in step_means.items():
+            average, rate = moving_averages[name]
             mean = average.lerp(mean_over_ranks(value / config.accum), rate)
-            average.copy_(torch.where(finite, mean, average))
+            average.copy_(torch.where(finite, mean, average))  # an `if` would wait for the GPU
         update_ema(ema, raw_model, config.ema, step, finite)
         skipped += ~finite
         step += 1
         if step % config.log_every == 0 or step == config.max_steps:
+            # of this rank's last micro-batch. metrics.log averages over the ranks
             counts = torch.bincount(bits_to_codes(out.z).flatten(), minlength=2 ** config.bits)
             logs["usage"], logs["perplexity"] = code_statistics(counts)
             logs["bit_imbalance"], logs["dead_bits"] = bit_balance(counts, config.bits)
@@ -1073,7 +1053,44 @@ def main(argv=None):
             f"done: {config.out}/ckpt.pt, recon_{step:07d}.png; next: python mergear.py")
 
 # -----------------------------------------------------------------------------
-# Appendix: networks that others trained, from their public weight files. Frozen, in eval mode,
+# Appendix 1: GroupNorm and SiLU as one kernel, for training on a GPU. The same result, in half of
+# the memory traffic.
+
+def norm_groups(x, groups, scale, shift, silu):
+    """GroupNorm of x (B,C,H,W), times scale (1 or B,C), plus shift, then SiLU if wanted.
+
+    Statistics in float32; the result has x's type and is channels_last, as convolutions want it.
+    """
+    n = x.shape[1] // groups                                                 # channels of a group
+    y = x.contiguous(memory_format=torch.channels_last).float()
+    # first over positions, then over channels: so neighbours in memory are read together
+    moments = torch.stack([y.mean((2, 3)), y.square().mean((2, 3))])         # (2,B,C)
+    mean, square = moments.unflatten(2, (groups, n)).mean(3)                 # (B,G)
+    deviation = (square - mean.square()).clamp_min(0).add(1e-5).sqrt()
+    scale = scale / deviation.repeat_interleave(n, 1)                        # (B,C)
+    shift = shift - mean.repeat_interleave(n, 1) * scale
+    y = y * scale[..., None, None] + shift[..., None, None]
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+@functools.cache
+def norm_kernel():
+    """norm_groups as one kernel, where there is a GPU with Triton and a C compiler; else None."""
+    found = importlib.util.find_spec("triton") and shutil.which("cc")
+    if not found or torch.cuda.get_device_capability() < (7, 0):
+        return None
+    torch._dynamo.config.recompile_limit = 64  # a kernel for each shape
+    return torch.compile(norm_groups, dynamic=False)
+
+def fused_norm(x):
+    """The function for x, or None. Under autocast nn.GroupNorm reads and writes float32, in NCHW:
+    twice the bytes, and copies. A kernel pays in training, for large x."""
+    large = x.is_cuda and x.dtype == torch.bfloat16 and x.numel() >= 2 ** 22
+    if not large or not torch.is_grad_enabled():
+        return None
+    return norm_groups if torch.compiler.is_compiling() else norm_kernel()
+
+# -----------------------------------------------------------------------------
+# Appendix 2: networks that others trained, from their public weight files. Frozen, in eval mode,
 # outside DDP, the optimizers, EMA and checkpoints. Nothing is fetched unless a flag says so.
 
 RAW = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips"

@@ -184,8 +184,8 @@ def test_compact_cache_equals_masked_forward(window, keep):
 
     def spoil(cache, t):
         assert cache.rows == cache.keys[0].shape[1] == 2 + keep + min(window + 1, 64)
-        used.append((cache.last_seen > t).sum(1))
-        unused = (cache.last_seen <= t).repeat_interleave(cache.heads, 0)  # (Rh,rows)
+        used.append((cache.visible_until > t).sum(1))
+        unused = (cache.visible_until <= t).repeat_interleave(cache.heads, 0)  # (Rh,rows)
         for rows in (*cache.keys, *cache.values):
             rows.masked_fill_(unused[..., None], 1e3)
 

@@ -130,11 +130,10 @@ def test_bit_balance():
 
 # Token merging
 
-def slow_merge(metric, x, size, r, protected):
+def slow_merge(metric, x, size, r):
     """The four steps of ToMe for one image, with loops -> new_index, x, size as lists."""
     N = len(metric)
-    A = [i for i in range(0, N, 2) if i >= protected]
-    B = [i for i in range(1, N, 2) if i >= protected]
+    A, B = range(2, N, 2), range(1, N, 2)
     pairs = []
     for a in A:
         cosine = {b: F.cosine_similarity(metric[a], metric[b], dim=0).item() for b in B}
@@ -154,24 +153,23 @@ def slow_merge(metric, x, size, r, protected):
         sizes.append(total)
     return new_index, torch.stack(merged), sizes
 
-@pytest.mark.parametrize("N,protected", [(17, 1), (16, 0), (18, 1), (20, 2), (21, 3)])
-def test_merging_equals_a_slow_loop(N, protected):
+@pytest.mark.parametrize("N", [17, 18])
+def test_merging_equals_a_slow_loop(N):
     """Wrong parity, a class token that merges, unweighted means, a wrong choice of the r pairs."""
     g = seeded(N)
     metric, x = torch.randn(3, N, 6, generator=g), torch.randn(3, N, 5, generator=g)
     size = torch.randint(1, 9, (3, N), generator=g).float()
-    most = (N + 1) // 2 - (protected + 1) // 2
+    most = (N - 1) // 2
     for r in (1, most // 2, most):
-        new_index = match_tokens(metric, r, protected)
+        new_index = match_tokens(metric, r)
         y, new_size = merge_tokens(x, size, new_index, r)
-        assert not difference(merge_tokens(x, size, new_index), (y, new_size))  # without r
         for b in range(3):
-            slow_index, slow_x, slow_size = slow_merge(metric[b], x[b], size[b], r, protected)
+            slow_index, slow_x, slow_size = slow_merge(metric[b], x[b], size[b], r)
             assert new_index[b].tolist() == slow_index
             torch.testing.assert_close(y[b], slow_x)
             assert new_size[b].tolist() == slow_size
     with pytest.raises(AssertionError, match="at most"):
-        match_tokens(metric, most + 1, protected)
+        match_tokens(metric, most + 1)
 
 def test_matching_is_in_float32():
     """Under autocast the scores of matching round to bfloat16, and half of the best ones tie."""
