@@ -62,14 +62,15 @@ class UserError(ValueError):
     """A mistake that the user can put right: one line, what is wrong and what to do."""
 
 def run_main(main):
-    """Run a script's main(). Exit code 0 when done, 2 with one line for a UserError, 1 with a
-    traceback for a bug, 130 for Ctrl-C."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # started without a terminal
-            setattr(sys, name, open(os.devnull, "w"))
-        elif hasattr(getattr(sys, name), "reconfigure"):  # escape what the terminal cannot show
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-    # one large block makes glibc keep freed memory, which CPU decoding needs at every step
+    """Run a script's main(). Exit code 0 when done, 2 with one line for a UserError or OSError, 1
+    with a traceback for a bug, 130 for Ctrl-C."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None without a terminal
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # escape what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
+    # freeing one large block makes glibc keep those that come after it, which decoding on a CPU
+    # frees and takes at every step
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
     try:
         main()
@@ -81,10 +82,11 @@ def run_main(main):
         code, text = 2, f"error: {error}"
     except BrokenPipeError:  # whoever read our output has left, as in `| head -1`
         code, text = 1, ""
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # which Python flushes when it exits
     except OSError as error:  # a full disk, a folder that has gone
         code, text = 2, f"error: {error}: make room, or pass a folder that can be written"
-    print(" ".join(text.split()), file=sys.stderr)
+    if text:
+        print(" ".join(text.split()), file=sys.stderr)
     sys.exit(code)
 
 @atexit.register
@@ -132,8 +134,10 @@ def load_image(content, draft_size=None):
     return to_rgb(image)
 
 def to_rgb(image):
-    """Any PIL mode -> RGB. Transparency is laid on white, and deep greys become 8 bits."""
-    if image.mode == "F" or image.mode == "I" and not 255 < image.getextrema()[1] <= 65535:
+    """Any PIL mode -> RGB. Transparency is laid on white, and deep greys become 8 bits. Raises
+    Unreadable."""
+    low, high = image.getextrema() if image.mode == "I" else (0, 65535)
+    if image.mode == "F" or low < 0 or not 255 < high <= 65535:
         raise Unreadable("it does not say which value is white: convert it to 8 bits")
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -147,7 +151,7 @@ def center_crop(image, size):
     and evaluation. Its edges may lie on half pixels. Small images are enlarged."""
     side = min(image.size)
     left, top = [(extent - side) / 2 for extent in image.size]
-    return resize(to_rgb(image), (size, size), (left, top, left + side, top + side))
+    return resize(image, (size, size), (left, top, left + side, top + side))
 
 def resize(image, size, box):
     """Antialiased. reducing_gap averages whole blocks first: several times faster on photos."""
@@ -166,7 +170,7 @@ def random_box(size, draws, scale):
 
 def from_uint8(pixels):
     """(N,H,W,3) uint8, numpy or torch -> (N,3,H,W) float32 in [-1,1]."""
-    pixels = torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous()
+    pixels = torch.as_tensor(pixels).permute(0, 3, 1, 2).contiguous()  # planes of one colour
     return pixels.float() / 127.5 - 1
 
 def to_uint8(images):
@@ -192,7 +196,8 @@ class View(NamedTuple):
 class ImageDataset(Dataset):
     """ds[i] or ds[(epoch, i)] -> (image float32 (3,size,size) in [-1,1], label int).
     The crop is a function of (seed, epoch, i). The next readable image takes the place of an
-    unreadable one. Raises UserError when more than 1 %, and more than one, are unreadable."""
+    unreadable one. Raises UserError when more than 1 %, and more than one, are unreadable.
+    A subclass has name(i), stamp(i), and raw(i) or load(i)."""
     crop_scale = (0.5, 1.0)  # the share of the picture's area that a training crop keeps
 
     def __init__(self, labels, class_names, size, train, seed, note=""):
@@ -229,7 +234,7 @@ class ImageDataset(Dataset):
         else:
             number, i = key if isinstance(key, tuple) else (0, key)  # number: the epoch
             stream, scale, random = AUGMENT_STREAM, self.crop_scale, self.train
-        i = range(len(self))[i]
+        i = range(len(self))[i]  # -1 is the last one, and there is an end
         image, label = self.read(i)
         draws = uniform(5, self.seed, stream, number, i)
         if random and scale:
@@ -254,9 +259,10 @@ class ImageDataset(Dataset):
 
     def add_fault(self, index, reason):
         """Remember an unreadable image. The main process names it, and stops at too many."""
-        known = index in self.faults
+        if index in self.faults:
+            return
         self.faults[index] = reason
-        if known or get_worker_info() is not None:
+        if get_worker_info() is not None:
             return
         names = self.unreadable()
         tqdm.write(f"unreadable, left out: {names[-1]}", file=sys.stderr)
@@ -292,6 +298,7 @@ def open_data(config, size):
     """The data set of a training run -> (training images, random crops; validation images, centre
     crops). With --max-steps 0 the config gets the steps that --epochs needs."""
     train_set = build_dataset(config.data, "train", size, True, config.seed, config.labels)
+    # seed 0: runs of all seeds are measured on the same images
     val_set = build_dataset(config.data, "val", size, False, labels=config.labels)
     steps = config.epochs * len(train_set) // config.batch_size
     config.max_steps = config.max_steps or max(1, steps)
@@ -355,14 +362,14 @@ class Shapes(ImageDataset):
     def load(self, index, draft_size=None):
         pixels = self.cache.get(index)
         if pixels is None:
-            draws = uniform(20, self.seed, SHAPES_STREAM, self.split == "val", index)
+            draws = uniform(8, self.seed, SHAPES_STREAM, self.split == "val", index)
             pixels = draw_shape(list(SHAPES)[index % 10], self.size, draws)
         if self.size <= 64:
             self.cache[index] = pixels
         return Image.fromarray(pixels)
 
 def draw_shape(name, size, draws):
-    """One shape from 20 uniform draws -> (size,size,3) uint8."""
+    """One shape from 8 uniform draws -> (size,size,3) uint8."""
     u = iter(draws)
     color = OBJECT_COLORS[int(6 * next(u))]
     radius = (0.55 + 0.3 * next(u)) / 2  # as a fraction of the image's side
@@ -402,7 +409,7 @@ CLASS_LIST = "classes.txt"  # in the shards of a pack: class names in the order 
 STRAY = ("lost+found", "__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information")
 
 class Entry(NamedTuple):
-    """An image; or a folder, then `path` ends with "/". It may be a class without images."""
+    """An image, or a folder, whose path ends with "/". A folder may be a class without images."""
     path: str  # train/cat/1.jpg: split and class are read off it
     name: str  # the same below --data or inside the tar
     where: tuple = ()  # in a tar: (number of the tar, offset, bytes)
@@ -430,12 +437,13 @@ class Found:
         self.entries, self.shards, self.class_list = [], [], []
         self.left_out = collections.Counter()  # kind -> number of files
 
-    def is_image(self, path):
-        """Does Pillow read files of this kind? The others are counted."""
+    def take(self, path):
+        """Does Pillow read files of this kind? If not, count one as left out."""
         name = os.path.basename(path)
         kind = os.path.splitext(name)[1].lower() or "without extension"
         kind = "hidden" if name.startswith(".") else kind
-        self.left_out[kind] += kind not in EXTENSIONS
+        if kind not in EXTENSIONS:
+            self.left_out[kind] += 1
         return kind in EXTENSIONS
 
     def omitted(self):
@@ -486,12 +494,12 @@ def find_images(spec):
     found = Found()
     if os.path.isdir(spec):
         root, paths = spec, list(walk(spec, found))
-        found.entries = [Entry(p, p) for p in paths if p.endswith("/") or found.is_image(p)]
+        found.entries = [Entry(p, p) for p in paths if p.endswith("/") or found.take(p)]
         tars = [os.path.join(spec, path) for path in paths if path.lower().endswith(".tar")]
     else:
         root, tars = os.path.dirname(re.split(r"[*?\[{]", spec)[0]), find_tars(spec)
     if not images_of(found.entries):
-        del found.left_out[".tar"]
+        del found.left_out[".tar"]  # they are read after all
         found.shards = tars
         found.entries = name_by_tar(read_tars(found), tars, root)
     if not images_of(found.entries):
@@ -501,7 +509,7 @@ def find_images(spec):
 
 def walk(root, found, prefix="", above=()):
     """Yield the paths in a folder; a folder's ends with "/". No link leads back up."""
-    top = os.path.join(root, prefix[:-1])
+    top = os.path.join(root, prefix).rstrip("/")
     above = (*above, os.path.realpath(top))
     try:
         items = sorted(os.scandir(top), key=lambda item: item.name)
@@ -563,23 +571,26 @@ def read_tar(path, mtime, size):
                 elif name == CLASS_LIST or name.endswith((".cls", ".json")):
                     text = tar.extractfile(member).read()
                     texts[name] = text.decode("utf-8", "surrogateescape")
-                elif found.is_image(name):
+                elif found.take(name):
                     found.left_out["replaced by a later one of the same name"] += name in files
                     files[name] = member.offset_data, member.size
-                    if member.issym() or member.islnk():  # a symbolic link starts at its own folder
-                        link = os.path.join(os.path.dirname(name), member.linkname)
-                        link = link if member.issym() else member.linkname
+                    if member.issym() or member.islnk():
+                        # a symbolic link starts at its own folder, a hard link at the top
+                        folder = os.path.dirname(name) if member.issym() else ""
+                        link = os.path.join(folder, member.linkname)
                         files[name] = os.path.normpath(link).lstrip("/")
             # tarfile stops at a damaged header without a word; zeros close an archive
             tar.fileobj.seek(tar.offset)
-            rest = iter(functools.partial(tar.fileobj.read, 2**20), b"")
-            if {bool(block.strip(b"\0")) for block in rest} != {False}:
+            blocks = iter(functools.partial(tar.fileobj.read, 2**20), b"")
+            stray = [bool(block.strip(b"\0")) for block in blocks]
+            if any(stray) or not stray:
                 raise tarfile.ReadError(f"damaged, cut or a second archive, at byte {tar.offset}")
     except (tarfile.TarError, LookupError, ValueError, OSError) as error:
         raise UserError(f"{path} is no intact, uncompressed tar file ({error}): fetch it again")
     found.class_list = texts.get(CLASS_LIST, "").splitlines()
     for name, where in files.items():
-        where = files.get(where, where)  # follow a link
+        for _ in range(8):  # links to links, but not around a ring
+            where = files.get(where, where)
         if isinstance(where, str):
             found.left_out["links to no image"] += 1
         else:
@@ -592,7 +603,8 @@ def label_of(name, texts):
         label = texts.get(f"{key}.cls", "").strip()
         with contextlib.suppress(ValueError, TypeError):  # JSON of another kind
             record = dict(json.loads(texts.get(f"{key}.json", "{}")))
-            label = label or str(record.get("label", record.get("cls", "")))
+            value = record.get("label", record.get("cls"))
+            label = label or ("" if value is None else str(value))
         if label:
             return label
     return ""
@@ -606,12 +618,14 @@ def name_by_tar(entries, tars, root):
         if depth < 2 or len(tops) > 1 or tops & set(SPLIT_WORDS):
             break
         entries = below(entries, *tops)
-    if not images or tops & set(SPLIT_WORDS):
-        return entries
+    if not images or divide(entries)[0] is not entries:
+        return entries  # the tars hold folders of splits: their names need tell nothing
     names = [os.path.relpath(tar, root or ".")[:-len(".tar")] for tar in tars]
     splits, classes = zip(*map(read_tar_name, names))
+    # next to val.tar a tar without a word holds the training images
     if any(splits) and not set(splits) & set(TRAIN_WORDS):
         splits = [word or "train" for word in splits]
+    # a tar's name is a class where nothing inside tells one
     if tops != {""} or len(set(classes)) == 1 or images[0].label:
         classes = [""] * len(tars)
     folders = [os.path.join(*parts, "") for parts in zip(splits, classes)]
@@ -619,6 +633,7 @@ def name_by_tar(entries, tars, root):
 
 def read_tar_name(name):
     """val/cat-000 -> ("val", "cat"): split and class, or "", where each class has its own tar."""
+    # cat_part3 and cat-train-0001 are parts of one class, cat
     folder, name = os.path.split(name)
     words = folder.lower().split("/") + re.split("[^a-z]+", name.lower())
     split = next((word for word in SPLIT_WORDS if word in words), "")
@@ -645,6 +660,7 @@ def select(found, spec, split, labelled):
         notes.append(f"{len(source) - len(images)} images without a class left out")
     if not images_of(val):
         notes.append("no val images of its own: one in 20, drawn at random, is val")
+        # a lone image is in both
         held = set(subset(len(images), math.ceil(len(images) / 20)))
         images = [image for number, image in enumerate(images)
                   if (number in held) == (split == "val") or len(images) == 1]
@@ -666,20 +682,24 @@ def divide(entries):
     val = next((word for word in VAL_WORDS if word in tops), None)
     # a class may be called train: then it holds no folders and stands next to other classes
     classes = tops - {"", *SPLIT_WORDS}
-    nested = {image.top().lower() for image in images if image.path.count("/") > 1}
-    nested &= set(SPLIT_WORDS)
-    if not (train or val) or classes and not nested and not (train and val):
+    nested = any(image.path.count("/") > 1 and image.top().lower() in SPLIT_WORDS
+                 for image in images)
+    if not (train or val) or (classes and not nested and not (train and val)):
         return entries, []
+    # no folder is called None: that part is empty
     return below(entries, train), below(entries, val)
 
 def class_names(entries, found, notes):
     """The classes of the training entries in the order of their ids; [] without labels."""
     images = images_of(entries)
     names = {image.class_name() for image in images} - {""}
-    if not names or names <= set(found.class_list):
-        return found.class_list if names else []
-    if images[0].label and all(name.isdecimal() and len(name) < 7 for name in names):
-        return [str(number) for number in range(max(map(int, names)) + 1)]  # labels are ids
+    if not names:
+        return []
+    if names <= set(found.class_list):
+        return found.class_list
+    ids = all(name.isdecimal() and len(name) < 7 and name == str(int(name)) for name in names)
+    if images[0].label and ids:
+        return [str(number) for number in range(max(map(int, names)) + 1)]
     empty = {entry.top() for entry in entries} - names - {""}
     if empty:
         notes.append(f"{len(empty)} classes without images: {', '.join(sorted(empty)[:20])}")
@@ -699,7 +719,9 @@ def read_label_file(found, spec, images, labels, ids):
     numbers = {str(number): number for number in ids.values()} | ids
     listed = {}
     with open(file, encoding="utf-8-sig", errors="surrogateescape") as lines:
-        for number, line in enumerate(filter(str.strip, lines), 1):
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
             # more fields may follow between tabs; without tabs a filename may hold spaces
             fields = line.strip().split("\t") if "\t" in line else line.rsplit(maxsplit=1)
             if len(fields) < 2 or fields[1] not in numbers:
@@ -734,7 +756,8 @@ def load_batches(dataset, keys, run, workers=0):
     """Lists of keys (i, (epoch, i) or View(i, v)) -> (images (n,3,H,W) in [-1,1], labels (n,))
     on run.device, in the order of the lists."""
     # its own generator leaves the global random state untouched. Images go as uint8 in numpy
-    # arrays, which travel through pipes; tensors would fill /dev/shm
+    # arrays, which travel through pipes; tensors would fill /dev/shm. __getitems__ makes whole
+    # batches, which collate_fn leaves as they are
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=workers, collate_fn=tuple,
                         worker_init_fn=ignore_signals, generator=torch.Generator())
     try:
@@ -930,6 +953,7 @@ def pack_split(dataset, prefix, size, shard_size, workers):
         with tarfile.open(path, "w", encoding="utf-8") as tar:
             if names:
                 add_to_tar(tar, CLASS_LIST, os.fsencode("\n".join(names)))
+            # rows first: at their end zip has not taken an image of the next shard
             for index, (jpeg, reason) in zip(rows[start:start + shard_size], images):
                 name = dataset.name(index)
                 stem = f"{index:08d}_{os.path.splitext(os.path.basename(name))[0]}"
@@ -977,7 +1001,7 @@ class RunConfig:
     weight_decay: float = arg(0.0, help="AdamW weight decay of matrices", low=0)
     clip: float = arg(1.0, help="the gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.999, help="decay of the weight average that later stages use", low=0, high=1)
-    workers: int = arg(-1, help="loader processes; -1: 0 for shapes, else 8", low=-1, high=256)
+    workers: int = arg(-1, help="loader processes; -1: none for shapes, else 8", low=-1, high=256)
     log_every: int = arg(10, help="steps between logs; Ctrl-C and SIGTERM are seen then", low=1)
     eval_every: int = arg(1000, help="steps between evaluations with pictures", low=1)
     save_every: int = arg(1000, help="steps between checkpoints", low=1)
@@ -1007,7 +1031,7 @@ class Parser(argparse.ArgumentParser):
         options = dict(type=functools.partial(parse_value, kind, low, high), choices=choices)
         if kind is bool:
             options = dict(action=argparse.BooleanOptionalAction)
-        shown = "" if default in ("", None) else f" (default {default})"
+        shown = "" if default == "" else f" (default {default})"
         name = "--" + name.replace("_", "-")
         self.add_argument(name, default=default, help=help + shown, **options)
 
@@ -1018,9 +1042,9 @@ def parse_value(kind, low, high, text):
     scalar = {tuple: int, list: float}.get(kind, kind)
     try:
         values = [scalar(part) for part in text.split(",")]
-        assert all(low <= value <= high for value in values)
-        assert len(values) == 1 or kind is not scalar
-    except (ValueError, AssertionError):
+        if not all(low <= value <= high for value in values) or values[1:] and kind is scalar:
+            raise ValueError
+    except ValueError:
         wanted = f"{scalar.__name__} from {low:g} to {high:g}"
         raise argparse.ArgumentTypeError(f"{text} is not of type {wanted}") from None
     return values[0] if kind is scalar else kind(values)
@@ -1088,7 +1112,7 @@ def start_run(config):
     dtype = default if config.dtype == "auto" else config.dtype
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        timeout = datetime.timedelta(minutes=30)
+        timeout = datetime.timedelta(minutes=30)  # rank 0 draws pictures, the others wait
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     if rank == 0:
         print(f"torch {torch.__version__}, device {device}, {dtype}, {world} process(es)")
@@ -1109,8 +1133,7 @@ class MeanOverRanks(torch.autograd.Function):
 
 def mean_over_ranks(x):
     """Mean of a tensor over all ranks, differentiable; x itself on one process."""
-    alone = not dist.is_initialized() or dist.get_world_size() == 1
-    return x if alone else MeanOverRanks.apply(x)
+    return MeanOverRanks.apply(x) if dist.is_initialized() else x
 
 def gather_rows(rows, run):
     """Rows (n,...) of this rank's block -> (N,...) of all ranks in order, on the CPU."""
@@ -1122,8 +1145,10 @@ def gather_rows(rows, run):
 
 def parallel(module, run):
     """DDP around a module when there are several ranks: it averages the gradients."""
-    ddp = functools.partial(nn.parallel.DistributedDataParallel, broadcast_buffers=False)
-    return ddp(module) if run.world > 1 else module
+    if run.world == 1:
+        return module
+    # buffers are moved by means over all ranks, and so are equal already
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False)
 
 def micro_batch(config, run):
     """Images per micro-batch and rank. Raises UserError where --batch-size does not divide."""
@@ -1178,8 +1203,9 @@ def open_out(config, run, kind, fixed=()):
                 fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"another process trains in {config.out}: pass another --out")
-        for file in [] if config.resume else old:
-            os.remove(file)
+        if not config.resume:
+            for file in old:
+                os.remove(file)
     run.barrier()
     if not config.resume:
         return None
@@ -1248,11 +1274,10 @@ def save_run(config, kind, step, skipped, parts, **more):
 def resume_run(config, state, run, parts):
     """Give `parts` their states -> (step, number of skipped steps as a 0-d tensor). A new run has
     no state and starts at 0."""
-    step, skipped = 0, torch.zeros((), device=run.device)
-    if state:
-        load_parts(f"{config.out}/ckpt.pt", state, **parts)
-        step, skipped = state["step"], skipped + state["skipped"]
-    return step, skipped
+    if not state:
+        return 0, torch.zeros((), device=run.device)
+    load_parts(f"{config.out}/ckpt.pt", state, **parts)
+    return state["step"], torch.tensor(float(state["skipped"]), device=run.device)
 
 def weights_hash(state_dict):
     """sha256 of names, types, shapes and values: two equal hashes mean the same model."""
@@ -1272,7 +1297,8 @@ class Metrics:
         self.bar = tqdm(total=config.max_steps, initial=step, disable=not run.main,
                         dynamic_ncols=True)
         self.time, self.step = time.time(), step
-        if run.main and os.path.exists(self.path):  # the resumed run writes later lines again
+        if run.main and os.path.exists(self.path):
+            # the resumed run writes all later lines again, and first the evaluation at `step`
             kept = [row for row in self.rows()
                     if row["step"] < step or row["step"] == step and "lr" in row]
             with open(f"{self.path}.tmp", "w") as file:
@@ -1408,10 +1434,10 @@ def main(argv=None):
     parser.flag("shard_size", int, 10_000, "images per shard", low=1)
     parser.flag("workers", int, 0, "processes that shrink images for --pack", low=0, high=256)
     args = parser.parse_args(argv)
-    more = args.seed, args.labels
     if args.pack:
-        return pack(args.data, args.pack, args.size, args.shard_size, args.workers, *more)
-    dataset = build_dataset(args.data, args.split, args.size, False, *more)
+        return pack(args.data, args.pack, args.size, args.shard_size, args.workers, args.seed,
+                    args.labels)
+    dataset = build_dataset(args.data, args.split, args.size, False, args.seed, args.labels)
     print(f"{args.data} {args.split}: {dataset.describe()}")
     os.makedirs(args.out, exist_ok=True)
     rows = subset(len(dataset), args.num, args.seed)

@@ -64,8 +64,7 @@ def choose_classes(text, config):
     names = list(config.class_names)
     ids = [str(n) for n in range(config.num_classes)]
     classes = []
-    for word in text.split(","):
-        word = word.strip()
+    for word in map(str.strip, text.split(",")):
         if word not in names + ids:
             raise UserError(f"--classes: no class {word!r}: pass names, as in "
                             f"{','.join(names[:3])}, or ids below {len(names)}")
@@ -78,8 +77,9 @@ def read_sweep(text):
     try:
         first, last, step = (float(part) for part in text.split(":"))
         count = math.floor((last - first) / step + 1e-6) + 1
-        assert 0 <= first <= last <= 1000 and 1 <= count <= IN_PICTURE
-    except (ArithmeticError, ValueError, AssertionError):
+        if not 0 <= first <= last <= 1000 or not 1 <= count <= IN_PICTURE:
+            raise ValueError
+    except (ArithmeticError, ValueError):
         raise UserError(f"--cfg-sweep {text}: pass FIRST:LAST:STEP, as in 1.0:4.0:0.5")
     return [first + n * step for n in range(count)]
 
@@ -129,10 +129,9 @@ def main(argv=None):
         shown = labels[:min(size, IN_PICTURE)]
         rows = [sample(shown, cfg=scale).cpu() for scale in tqdm(scales)]
         titles = [f"cfg {scale:g}" for scale in scales]
-        if run.main:
-            names = names[:len(shown)] * len(scales)
-            image_grid(rows, f"{args.out}/sweep.png", names, row_titles=titles)
-            print(f"wrote {args.out}/sweep.png")
+        names = names[:len(shown)] * len(scales)
+        image_grid(rows, f"{args.out}/sweep.png", names, row_titles=titles)
+        print(f"wrote {args.out}/sweep.png")
         return
 
     # all ranks write to one memory-mapped file: 50,000 images need not fit in memory
@@ -147,8 +146,8 @@ def main(argv=None):
         # the noise of sample i is seeded by (seed, i), so the ranks need not talk
         batch = to_uint8(sample(labels[start:start + size], start=start, cfg=cfg))  # (n,H,W,3)
         images[start:start + len(batch)] = batch
-        for i in range(len(batch) if args.png_dir else 0):
-            Image.fromarray(batch[i]).save(f"{args.png_dir}/{start + i:06d}.png")
+        for i, pixels in enumerate(batch if args.png_dir else (), start):
+            Image.fromarray(pixels).save(f"{args.png_dir}/{i:06d}.png")
     images.flush()
     run.barrier()
     if run.world > 1:

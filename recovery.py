@@ -62,10 +62,9 @@ def teacher_forced(gpt, codes, source, labels, keep, order, noise):
     # one pass over the true sequence gives the distribution of every code
     inputs, kwargs = sequence(gpt.config, codes, source, keep, order)
     logits, _ = gpt(inputs, labels, **kwargs)  # S times (B,K,2^n)
-    subs = []
-    for s in range(len(logits)):
-        picked = draw(logits[s].flatten(0, 1), noise[..., s].flatten())
-        subs.append(picked.view_as(order))
+    # at temperature 1, unlike generate.py: the network is to meet unlikely codes
+    subs = [draw(part.flatten(0, 1), noise[..., s].flatten()).view_as(order)
+            for s, part in enumerate(logits)]
     drawn = join_codes(torch.stack(subs, dim=-1), gpt.config.sub_bits)  # (B,K), by order
     return torch.empty_like(drawn).scatter_(1, order, drawn)  # by position
 
@@ -97,7 +96,8 @@ def main(argv=None):
                         "recovery: pass one of mergear.py --mode randar")
     config.data = config.data or g.data
     config.cache = config.cache or g.cache
-    # images and codes as the generator saw them, so that its code cache is found
+    # images and codes as the generator saw them, so that its code cache is found. open_data gives
+    # this config its --max-steps
     as_before = dataclasses.replace(config, seed=g.seed, labels=g.labels)
     train_set, val_set = open_data(as_before, t.size)
     config.max_steps = as_before.max_steps
@@ -113,6 +113,7 @@ def main(argv=None):
     before = copy.deepcopy(ema)
     raw_model = copy.deepcopy(ema).train().requires_grad_(True)
     optimizer = adamw(raw_model.parameters(), config, betas=(0.9, 0.95))
+    # load_generator reads the generator from "ema"
     parts = dict(ema=gpt, recovery=raw_model, recovery_optimizer=optimizer)
     step, skipped = resume_run(config, state, run, parts)
     if state:
@@ -144,12 +145,13 @@ def main(argv=None):
             # DDP averages the gradients in the last backward pass only
             model.require_backward_grad_sync = micro_step == config.accum - 1
             codes, source, labels, keep = next(stream)  # codes, source (B,L)
-            # random numbers for the global batch, of which this rank takes its rows
+            # random numbers for the global batch, of which this rank takes its rows. 8: this use
+            # of randomness; mergear.py lists the others
             shape, dice = (config.batch_size, keep), seeded(config.seed, step, 8)
             draws = (draw_orders(*shape, dice), torch.rand(shape, generator=dice),
                      torch.rand(*shape, len(g.sub_bits), generator=dice))
-            rows = (micro_step * run.world + run.rank) * micro
-            draws = [x[rows:rows + micro].to(run.device, non_blocking=True) for x in draws]
+            start = (micro_step * run.world + run.rank) * micro
+            draws = [x[start:start + micro].to(run.device, non_blocking=True) for x in draws]
             order, u, noise = draws
             first = first_position_of_token(source, keep)  # (B,K)
             real = codes.gather(1, first)  # (B,K)
