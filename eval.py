@@ -189,7 +189,7 @@ class Mixed(nn.Module):
     read the same input. branch_pool reads the pooled input. With reduce each branch ends with
     stride 2, and one more branch is the maximum of the input."""
 
-    def __init__(self, c, branches, shrink, reduce=False, pool=AVERAGE):
+    def __init__(self, c, branches, reduce=False, pool=AVERAGE):
         super().__init__()
         self.reduce, self.pool = reduce, pool
         self.branches = {branch: [] for branch in branches}  # the names of each step
@@ -200,9 +200,9 @@ class Mixed(nn.Module):
                 names = [name] if len(kernels) == 1 else [name + "a", name + "b"]
                 stride = 2 if reduce and i == len(convs) else 1
                 for name, kernel in zip(names, kernels):
-                    self.add_module(name, ConvNorm(width_in, width // shrink, kernel, stride))
+                    self.add_module(name, ConvNorm(width_in, width, kernel, stride))
                 self.branches[branch].append(names)
-                width_in = width // shrink
+                width_in = width
 
     def forward(self, x):
         joined = []
@@ -234,30 +234,29 @@ MIXED_E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, (1, 3), (3, 1))]
 class FIDInception(nn.Module):
     """images (B,3,H,W) in [-1,1] of any size -> features (B,2048), logits (B,1008), float32. As in
     pytorch-fid the images are resized to 299 x 299, bilinear, without antialias. The logits leave
-    out the last bias, as the Inception Score's first code does. shrink divides all widths."""
+    out the last bias, as the Inception Score's first code does."""
 
-    def __init__(self, shrink=1):
+    def __init__(self):
         super().__init__()
-        w = shrink
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32 // w, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32 // w, 32 // w, 3, padding=0)
-        self.Conv2d_2b_3x3 = ConvNorm(32 // w, 64 // w, 3)
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
         self.pool1 = nn.MaxPool2d(3, stride=2)
-        self.Conv2d_3b_1x1 = ConvNorm(64 // w, 80 // w, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80 // w, 192 // w, 3, padding=0)
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, padding=0)
         self.pool2 = nn.MaxPool2d(3, stride=2)
-        self.Mixed_5b = Mixed(192 // w, mixed_a(32), w)
-        self.Mixed_5c = Mixed(256 // w, mixed_a(64), w)
-        self.Mixed_5d = Mixed(288 // w, mixed_a(64), w)
-        self.Mixed_6a = Mixed(288 // w, MIXED_B, w, reduce=True)
-        self.Mixed_6b = Mixed(768 // w, mixed_c(128), w)
-        self.Mixed_6c = Mixed(768 // w, mixed_c(160), w)
-        self.Mixed_6d = Mixed(768 // w, mixed_c(160), w)
-        self.Mixed_6e = Mixed(768 // w, mixed_c(192), w)
-        self.Mixed_7a = Mixed(768 // w, MIXED_D, w, reduce=True)
-        self.Mixed_7b = Mixed(1280 // w, MIXED_E, w)
-        self.Mixed_7c = Mixed(2048 // w, MIXED_E, w, pool=nn.MaxPool2d(3, 1, padding=1))
-        self.fc = nn.Linear(2048 // w, 1008)
+        self.Mixed_5b = Mixed(192, mixed_a(32))
+        self.Mixed_5c = Mixed(256, mixed_a(64))
+        self.Mixed_5d = Mixed(288, mixed_a(64))
+        self.Mixed_6a = Mixed(288, MIXED_B, reduce=True)
+        self.Mixed_6b = Mixed(768, mixed_c(128))
+        self.Mixed_6c = Mixed(768, mixed_c(160))
+        self.Mixed_6d = Mixed(768, mixed_c(160))
+        self.Mixed_6e = Mixed(768, mixed_c(192))
+        self.Mixed_7a = Mixed(768, MIXED_D, reduce=True)
+        self.Mixed_7b = Mixed(1280, MIXED_E)
+        self.Mixed_7c = Mixed(2048, MIXED_E, pool=nn.MaxPool2d(3, 1, padding=1))
+        self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
         *layers, fc = self.children()
@@ -268,9 +267,9 @@ class FIDInception(nn.Module):
             features = x.mean((2, 3))
             return features, features @ fc.weight.T
 
-def load_inception(path, device="cpu", shrink=1):
+def load_inception(path, device="cpu"):
     """pytorch-fid's weight file, or `download` -> FIDInception, frozen. Raises UserError."""
-    return load_weights("inception", path, FIDInception(shrink)).to(device)
+    return load_weights("inception", path, FIDInception()).to(device)
 
 # -----------------------------------------------------------------------------
 # Features: what a fixed network sees in an image, and all that distances and scores look at
