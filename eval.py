@@ -67,8 +67,7 @@ def check_finite(name, values):
     values = torch.as_tensor(values).double()
     bad = int((~values.isfinite()).sum())
     if bad:
-        raise UserError(f"{name}: {bad} of {values.numel()} values are not finite: a file that "
-                        "was given is damaged")
+        raise UserError(f"{name}: {bad} of {values.numel()} are not finite: a damaged file")
     return values
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -108,21 +107,20 @@ class Moments:
         if num < 2:
             raise UserError("1 image has no covariance: pass a larger --num, or --features none")
         mu = total / num
+        # the sum of (x - mu) (x - mu)^T is that of x x^T, less N mu mu^T
         return mu, (outer - num * torch.outer(mu, mu)) / (num - 1)
 
 def inception_score(probs, splits=10, seed=0):
     """Inception Score (1606.03498), exp of the mean KL(p(class|image) || p(class)), of probs
     (N,C) -> (mean, std) over `splits` parts of the images."""
     p = check_finite("probs", probs).cpu()
-    if not 1 <= splits <= len(p):
-        raise UserError(f"Inception Score of {len(p)} images in {splits} parts: pass more")
-    assert p.min() >= 0 and (p.sum(1) - 1).abs().max() < 1e-3, "rows must be distributions"
     # A part of few classes scores too low, and files are often sorted by class: shuffle. Sorting
     # by value before makes the score independent of the order of the file.
     p = p[np.lexsort(p.numpy().T[::-1])]
     p = p[torch.randperm(len(p), generator=seeded(seed))]
     scores = []
     for part in p.tensor_split(splits):
+        # xlogy(p, q) is p log q, and 0 where p is 0
         divergence = torch.special.xlogy(part, part) - torch.special.xlogy(part, part.mean(0))
         scores.append(math.exp(divergence.sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
@@ -157,6 +155,7 @@ def ssim(a, b):
     mean_a, mean_b, aa, bb, ab = blurred[..., 5:-5, 5:-5]
     var_a, var_b, cov = aa - mean_a ** 2, bb - mean_b ** 2, ab - mean_a * mean_b
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # K1, K2, and values that span 2
+    # equal means and equal patterns give 1 each
     luminance = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
     contrast = (2 * cov + c2) / (var_a + var_b + c2)
     return torch.from_numpy((luminance * contrast).mean((1, 2, 3)))
@@ -190,29 +189,31 @@ class Mixed(nn.Module):
     read the same input. branch_pool reads the pooled input. With reduce each branch ends with
     stride 2, and one more branch is the maximum of the input."""
 
-    def __init__(self, c, branches, shrink, reduce=False, pool=AVERAGE):
+    def __init__(self, c, branches, reduce=False, pool=AVERAGE):
         super().__init__()
-        self.reduce, self.pool, self.branches = reduce, pool, {}
+        self.reduce, self.pool = reduce, pool
+        self.branches = {branch: [] for branch in branches}  # the names of each step
         for branch, convs in branches.items():
-            width_in, self.branches[branch] = c, []
-            for i, (width, *kernels) in enumerate(convs):
-                stride = 2 if reduce and i == len(convs) - 1 else 1
-                name = f"{branch}_{i + 1}" if len(convs) > 1 else branch
+            width_in = c
+            for i, (width, *kernels) in enumerate(convs, start=1):
+                name = f"{branch}_{i}" if len(convs) > 1 else branch
                 names = [name] if len(kernels) == 1 else [name + "a", name + "b"]
+                stride = 2 if reduce and i == len(convs) else 1
                 for name, kernel in zip(names, kernels):
-                    self.add_module(name, ConvNorm(width_in, width // shrink, kernel, stride))
+                    self.add_module(name, ConvNorm(width_in, width, kernel, stride))
                 self.branches[branch].append(names)
-                width_in = width // shrink
+                width_in = width
 
     def forward(self, x):
-        joined = [F.max_pool2d(x, 3, stride=2)] if self.reduce else []
-        outputs = []
+        joined = []
         for branch, steps in self.branches.items():
-            y = self.pool(x) if branch == "branch_pool" else x
-            for names in steps[:-1]:
-                y = self.get_submodule(names[0])(y)
-            outputs += [self.get_submodule(name)(y) for name in steps[-1]]
-        return torch.cat(outputs + joined, dim=1)
+            outputs = [self.pool(x) if branch == "branch_pool" else x]
+            for names in steps:  # a fork comes last
+                outputs = [self.get_submodule(name)(outputs[0]) for name in names]
+            joined += outputs
+        if self.reduce:
+            joined.append(F.max_pool2d(x, 3, stride=2))
+        return torch.cat(joined, dim=1)
 
 def mixed_a(pool):  # 35 x 35
     return dict(branch1x1=[(64, 1)], branch5x5=[(48, 1), (64, 5)],
@@ -233,44 +234,42 @@ MIXED_E = dict(branch1x1=[(320, 1)], branch3x3=[(384, 1), (384, (1, 3), (3, 1))]
 class FIDInception(nn.Module):
     """images (B,3,H,W) in [-1,1] of any size -> features (B,2048), logits (B,1008), float32. As in
     pytorch-fid the images are resized to 299 x 299, bilinear, without antialias. The logits leave
-    out the last bias, as the Inception Score's first code does. shrink divides all widths."""
+    out the last bias, as the Inception Score's first code does."""
 
-    def __init__(self, shrink=1):
+    def __init__(self):
         super().__init__()
-        w = shrink
-        self.Conv2d_1a_3x3 = ConvNorm(3, 32 // w, 3, stride=2)
-        self.Conv2d_2a_3x3 = ConvNorm(32 // w, 32 // w, 3, padding=0)
-        self.Conv2d_2b_3x3 = ConvNorm(32 // w, 64 // w, 3)
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, padding=0)
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
         self.pool1 = nn.MaxPool2d(3, stride=2)
-        self.Conv2d_3b_1x1 = ConvNorm(64 // w, 80 // w, 1)
-        self.Conv2d_4a_3x3 = ConvNorm(80 // w, 192 // w, 3, padding=0)
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80, 1)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, padding=0)
         self.pool2 = nn.MaxPool2d(3, stride=2)
-        self.Mixed_5b = Mixed(192 // w, mixed_a(32), w)
-        self.Mixed_5c = Mixed(256 // w, mixed_a(64), w)
-        self.Mixed_5d = Mixed(288 // w, mixed_a(64), w)
-        self.Mixed_6a = Mixed(288 // w, MIXED_B, w, reduce=True)
-        self.Mixed_6b = Mixed(768 // w, mixed_c(128), w)
-        self.Mixed_6c = Mixed(768 // w, mixed_c(160), w)
-        self.Mixed_6d = Mixed(768 // w, mixed_c(160), w)
-        self.Mixed_6e = Mixed(768 // w, mixed_c(192), w)
-        self.Mixed_7a = Mixed(768 // w, MIXED_D, w, reduce=True)
-        self.Mixed_7b = Mixed(1280 // w, MIXED_E, w)
-        self.Mixed_7c = Mixed(2048 // w, MIXED_E, w, pool=nn.MaxPool2d(3, 1, padding=1))
-        self.fc = nn.Linear(2048 // w, 1008)
+        self.Mixed_5b = Mixed(192, mixed_a(32))
+        self.Mixed_5c = Mixed(256, mixed_a(64))
+        self.Mixed_5d = Mixed(288, mixed_a(64))
+        self.Mixed_6a = Mixed(288, MIXED_B, reduce=True)
+        self.Mixed_6b = Mixed(768, mixed_c(128))
+        self.Mixed_6c = Mixed(768, mixed_c(160))
+        self.Mixed_6d = Mixed(768, mixed_c(160))
+        self.Mixed_6e = Mixed(768, mixed_c(192))
+        self.Mixed_7a = Mixed(768, MIXED_D, reduce=True)
+        self.Mixed_7b = Mixed(1280, MIXED_E)
+        self.Mixed_7c = Mixed(2048, MIXED_E, pool=nn.MaxPool2d(3, 1, padding=1))
+        self.fc = nn.Linear(2048, 1008)
 
     def forward(self, images):
         *layers, fc = self.children()
         with torch.autocast(images.device.type, enabled=False):
             x = F.interpolate(images.float(), (299, 299), mode="bilinear", align_corners=False)
             for layer in layers:
-                x = layer(x)
-            features = x.mean((2, 3))  # of (B,2048,8,8)
+                x = layer(x)  # in the end (B,2048,8,8)
+            features = x.mean((2, 3))
             return features, features @ fc.weight.T
 
-def load_inception(path, device="cpu", shrink=1):
+def load_inception(path, device="cpu"):
     """pytorch-fid's weight file, or `download` -> FIDInception, frozen. Raises UserError."""
-    net = FIDInception(shrink)
-    return load_weights("inception", path, net).to(device)
+    return load_weights("inception", path, FIDInception()).to(device)
 
 # -----------------------------------------------------------------------------
 # Features: what a fixed network sees in an image, and all that distances and scores look at
@@ -299,60 +298,51 @@ def load_classifier(path, device="cpu"):
     """Checkpoint of train-classifier -> (Classifier, frozen, in eval mode; its other entries)."""
     state = load_checkpoint(path, "classifier")
     config = state["config"]
-    model = Classifier(config["size"], len(state["class_names"]), config.get("width", 32))
+    model = Classifier(config["size"], len(state["class_names"]), config["width"])
     load_parts(path, state, ema=model)
     if state["step"] < config["max_steps"]:
         raise UserError(f"{path} is half trained, at step {state['step']} of "
                         f"{config['max_steps']}: python eval.py train-classifier --resume")
     return model.to(device).eval().requires_grad_(False), state
 
-@torch.no_grad()
-def accuracy(model, stream, run):
-    """Share of images whose label is the highest logit, over batches (images, labels)."""
-    hits = []
-    for images, labels in stream:
-        logits = check_finite("logits", model(images)[1].cpu())
-        hits.append(logits.argmax(1) == labels.cpu())
-    return gather_rows(torch.cat(hits), run).double().mean().item()
-
 class Features:
     """--features for images of `size` px (0: any): a frozen network, and how the numbers that come
-    from it are called. judge: checkpoint of the classifier; empty for Inception."""
+    from it are called. judge and config: the classifier's checkpoint and its config; empty for
+    Inception. record: for the result file."""
 
     def __init__(self, args, size, run):
         # TF32 moves the features in the third digit
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-        self.judge, self.frechet, self.score = {}, "FID", "IS"
         if args.features == "inception":
+            self.frechet, self.score = "FID", "IS"
             self.network = load_inception(args.inception_weights, run.device)
+            self.judge = {}
         else:
-            self.network, self.judge = load_classifier(args.classifier, run.device)
             self.frechet, self.score = "fd", "is-clf"
-        seen = self.judge.get("config", {}).get("size", size)
+            self.network, self.judge = load_classifier(args.classifier, run.device)
+        self.config = self.judge.get("config", {})
+        seen = self.config.get("size", size)
         if size not in (0, seen):
             raise UserError(f"--classifier {args.classifier} judges images of {seen} px, not of "
                             f"{size}: train one on the same --data and --size")
-        found = weights_hash(self.network.state_dict())
-        self.record = dict(features=args.features, features_hash=found)  # for the result file
+        self.record = dict(features_hash=weights_hash(self.network.state_dict()))
         if self.judge:
-            self.record.update(classifier=args.classifier, val_accuracy=self.judge["val_accuracy"])
+            self.record["val_accuracy"] = self.judge["val_accuracy"]
 
-    @torch.no_grad()
     def __call__(self, images):
         """images on any device -> features (B,D), logits (B,C): float64 on the CPU."""
         device = next(self.network.parameters()).device
-        with torch.autocast(device.type, enabled=False):
-            features, logits = self.network(images.to(device).float())
+        features, logits = self.network(images.to(device).float())
         return check_finite("features", features.cpu()), check_finite("logits", logits.cpu())
 
 def open_features(args, size, run):
     """Features. None for `none`, and where nobody has trained the default classifier."""
-    default = args.features == "classifier" and args.classifier == CLASSIFIER
-    if default and not os.path.exists(CLASSIFIER):
+    missing = args.classifier == CLASSIFIER and not os.path.exists(CLASSIFIER)
+    if args.features == "classifier" and missing:
         print(f"no Frechet distance, as there is no {CLASSIFIER}: python eval.py train-classifier")
-        return None
-    return None if args.features == "none" else Features(args, size, run)
+    elif args.features != "none":
+        return Features(args, size, run)
 
 def labelled(name, num):
     """FID of 10,000 images -> "FID-10k". Only the customary 50,000 have the bare name."""
@@ -389,17 +379,18 @@ def images_of(dataset, num, args, run, title=""):
     workers = 0 if isinstance(dataset, Pixels) else loader_workers(args)
     return val_batches(dataset, rows, args.batch_size, run, workers, title)
 
-def write_results(args, argv, run, rows=(), datasets=(), **more):
+def write_results(args, run, rows=(), datasets=(), **more):
     """Rank 0 prints `rows` as a table, and writes OUT/COMMAND.json: the rows, all flags, and what
     one must know to compare them."""
     if not run.main:
         return
-    unreadable = {name for dataset in filter(None, datasets) for name in dataset.unreadable()}
-    record = {**vars(args), **more, "command": shlex.join(["python", "eval.py", *argv]),
-              "device": str(run.device), "dtype": str(run.dtype), "torch": torch.__version__,
-              "unreadable": len(unreadable), "results": rows}
+    unreadable = sum(len(dataset.faults) for dataset in datasets if dataset)
+    record = dict(vars(args), **more, device=str(run.device), dtype=str(run.dtype),
+                  torch=torch.__version__, unreadable=unreadable, results=rows)
+    record["command"] = shlex.join(["python", "eval.py", *record.pop("argv")])
     print_table(rows)
-    text, path = json.dumps(record, indent=1, allow_nan=False), f"{args.out}/{args.command}.json"
+    text = json.dumps(record, indent=1, allow_nan=False)  # before an older file is lost
+    path = f"{args.out}/{args.command}.json"
     with open(path, "w") as file:
         file.write(text)
     print(f"wrote {path}")
@@ -423,83 +414,86 @@ def source_maps(model, encoded):
     return {"true": encoded.source, "predicted": model.recover(encoded.codes, first),
             "nearest first": nearest_first(first, encoded.source.shape[1])}
 
-@torch.no_grad()
 def reconstruct(model, dataset, keeps, args, run, names=("true",)):
     """Encode and decode --num val images at each K, with each source map of `names` -> (a dict of
     measures per K and map, what to record with them), over all ranks. The reference of the
     Frechet distance are the same crops."""
-    bits, features, lpips = model.config.bits, open_features(args, model.config.size, run), None
+    bits = model.config.bits
+    features = open_features(args, model.config.size, run)
+    lpips = None
     if args.lpips_weights:
         lpips = load_lpips(args.lpips_weights, args.vgg_weights, run.device)
-    values, moments, counts = defaultdict(list), defaultdict(Moments), defaultdict(int)
+    real, moments = Moments(), defaultdict(Moments)
+    values, counts = defaultdict(list), defaultdict(int)
     for images, labels in images_of(dataset, args.num, args, run, "reconstruct"):
         if features:
-            moments["real"].add(features(images)[0])
+            real.add(features(images)[0])
+        # image -> codes and source -> image, at each K
         for keep in keeps:
             with run.autocast():
                 encoded = model.encode(images, keep)
                 sources = source_maps(model, encoded)
             counts[keep] += torch.bincount(encoded.codes.flatten().cpu(), minlength=2 ** bits)
-            right = {name: source_accuracy(guess, encoded.source)
-                     for name, guess in sources.items()}
             for name in names:
                 with run.autocast():
                     decoded = model.decode(encoded.codes, sources[name])
-                # JSON cannot hold the infinite PSNR of equal images
-                measures = dict(psnr=psnr(decoded, images).clamp(max=999),
-                                ssim=ssim(decoded, images), recovery=right["predicted"],
-                                accuracy=right[name])
+                measures = dict(
+                    psnr=psnr(decoded, images).clamp(max=999),  # JSON has no infinity
+                    ssim=ssim(decoded, images),
+                    recovery=source_accuracy(sources["predicted"], encoded.source),
+                    accuracy=source_accuracy(sources[name], encoded.source))
                 if lpips:
                     measures["lpips"] = lpips(decoded.clamp(-1, 1), images)
                 if features:
                     seen, logits = features(eight_bit(decoded))
                     moments[keep, name].add(seen)
-                    if features.judge and dataset.num_classes > 1:  # a generator's ceiling
+                    # for a generator no more than this is possible
+                    if features.judge and dataset.num_classes > 1:
                         measures["agreement"] = logits.argmax(1) == labels.cpu()
                 columns = [column.cpu().double() for column in measures.values()]
                 values[keep, name].append(torch.stack(columns, dim=1))  # (B,measures)
 
+    # from the images of all ranks to one row for each K and map
     rows, record = [], {}
     if features:
-        mu, sigma = moments["real"].statistics(run)
+        mu, sigma = real.statistics(run)
         record = dict(features.record, reference="the same val crops",
                       reference_hash=weights_hash(dict(mu=mu, sigma=sigma)))
     for (keep, name), parts in values.items():
         table = check_finite(f"measures at K = {keep}", gather_rows(torch.cat(parts), run))
-        seen = gather_rows(counts[keep][None], run).sum(0)  # (2^d,)
-        usage = torch.stack([*code_statistics(seen), *bit_balance(seen, bits)]).tolist()
         row = dict(keep=keep, source=name, **dict(zip(measures, table.mean(0).tolist())))
+        used = gather_rows(counts[keep][None], run).sum(0)  # (2^d,)
+        usage = torch.stack([*code_statistics(used), *bit_balance(used, bits)]).tolist()
         row.update(zip(("usage", "perplexity", "bit_imbalance", "dead_bits"), usage))
         if features:
-            generated = moments[keep, name].statistics(run)
             frechet = labelled("r" + features.frechet, args.num)  # rFID, rfd-1000
-            row[frechet] = frechet_distance(mu, sigma, *generated)
+            row[frechet] = frechet_distance(mu, sigma, *moments[keep, name].statistics(run))
         rows.append(row)
     return rows, record
 
-def recon(args, argv):
+def recon(args):
     model, dataset, run = open_tokenizer(args)
     keeps = args.keep or sorted({model.config.keep, model.config.length})
     rows, record = reconstruct(model, dataset, keeps, args, run)
-    write_results(args, argv, run, rows, [dataset], **record)
+    write_results(args, run, rows, [dataset], **record)
     if run.main:
         draw(model, dataset, 8, keeps, args, run)
 
-def ablate_source(args, argv):
+def ablate_source(args):
     # what it costs to predict the merge map (Table 5)
     model, dataset, run = open_tokenizer(args)
-    keeps, names = args.keep or [model.config.keep], ("true", "predicted", "nearest first")
+    keeps = args.keep or [model.config.keep]
+    names = ("true", "predicted", "nearest first")
     rows, record = reconstruct(model, dataset, keeps, args, run, names)
-    write_results(args, argv, run, rows, [dataset], **record)
+    write_results(args, run, rows, [dataset], **record)
 
-def maps(args, argv):
+def maps(args):
     model, dataset, run = open_tokenizer(args)
     config = model.config
+    keeps = args.keep or sorted({min(config.keeps), config.keep, config.length})
     if run.main:
-        keeps = args.keep or sorted({min(config.keeps), config.keep, config.length})
         draw(model, dataset, args.num, keeps, args, run)
 
-@torch.no_grad()
 def draw(model, dataset, num, keeps, args, run):
     """OUT/COMMAND.png: val images, at each K their reconstructions, and which patches became one
     token: the true map and the predicted one."""
@@ -515,8 +509,8 @@ def draw(model, dataset, num, keeps, args, run):
         rows[f"K = {keep}"] = enlarge(decoded, scale)
         for name in ("true", "predicted"):
             rows[f"K = {keep}, {name}"] = merge_map(images, sources[name], scale)
-    path, pictures = f"{args.out}/{args.command}.png", [row.cpu() for row in rows.values()]
-    image_grid(pictures, path, row_titles=list(rows), scale=1)
+    path = f"{args.out}/{args.command}.png"
+    image_grid(list(rows.values()), path, row_titles=list(rows), scale=1)
     print(f"wrote {path}")
 
 def enlarge(x, scale):
@@ -529,6 +523,7 @@ def merge_map(images, source, scale=1):
     B, _, H, _ = images.shape
     side = math.isqrt(source.shape[1])
     cell = H // side * scale
+    # a mean per position, then per token, which each of its positions takes
     S = F.one_hot(source).to(images.dtype)  # (B,L,K), S^T
     mean = F.adaptive_avg_pool2d(images, side).flatten(2) @ S  # (B,3,K)
     mean = mean / S.sum(1, keepdim=True).clamp_min(1)
@@ -537,13 +532,14 @@ def merge_map(images, source, scale=1):
     border = torch.zeros_like(token, dtype=torch.bool)
     border[..., 1:, :] |= token[..., 1:, :] != token[..., :-1, :]
     border[..., :, 1:] |= token[..., :, 1:] != token[..., :, :-1]
+    # a border is darker than a light region, and lighter than a dark one
     light = fill.mean(1, keepdim=True) > -0.3
-    return torch.where(border, torch.where(light, fill * 0.4 - 0.6, fill * 0.5 + 0.5), fill)
+    shade = torch.where(light, fill * 0.4 - 0.6, fill * 0.5 + 0.5)
+    return torch.where(border, shade, fill)
 
 # -----------------------------------------------------------------------------
 # stats and gen: are the samples like the training images, and what they were asked to be?
 
-@torch.no_grad()
 def collect(stream, features, run):
     """Show batches (images, labels) to a network -> features (N,D), logits (N,C), labels (N,) of
     all ranks, and the first 40 images of this one."""
@@ -551,24 +547,28 @@ def collect(stream, features, run):
     for images, labels in stream:
         images = eight_bit(images)
         parts.append((*features(images), labels))
-        shown.extend(images[:max(0, 40 - len(shown))])
+        shown.extend(images[:40 - len(shown)])
     return *(gather_rows(torch.cat(part), run) for part in zip(*parts)), shown
 
-def stats(args, argv):
+def statistics(dataset, features, args, run):
+    """mu (D,) and sigma (D,D) of the features of all images, of which none is kept."""
+    stream = images_of(dataset, 0, args, run, "stats")
+    return Moments(features(images)[0] for images, _ in stream).statistics(run)
+
+def stats(args):
     if args.features == "inception" and not args.size:
         raise UserError("--features inception needs --size, that of the images to compare")
     run = start_run(args)
     features = Features(args, args.size, run)
-    size = args.size or features.judge["config"]["size"]
+    size = args.size or features.config["size"]
     dataset = build_dataset(args.data, "train", size, train=False, labels=args.labels)
     args.num = len(dataset)
-    seen = (features(images)[0] for images, _ in images_of(dataset, 0, args, run, "stats"))
-    mu, sigma = Moments(seen).statistics(run)
+    mu, sigma = statistics(dataset, features, args, run)
     if run.main:
         np.savez(f"{args.out}/stats.npz", mu=mu, sigma=sigma, size=size, num=args.num,
-                 features_hash=features.record["features_hash"])
+                 **features.record)
         print(f"python eval.py gen --features {args.features} --reference {args.out}/stats.npz")
-    write_results(args, argv, run, datasets=[dataset], size=size, split="train",
+    write_results(args, run, datasets=[dataset], size=size, split="train",
                   reference_hash=weights_hash(dict(mu=mu, sigma=sigma)), **features.record)
 
 class Pixels(ImageDataset):
@@ -576,43 +576,52 @@ class Pixels(ImageDataset):
 
     def __init__(self, file):
         self.array = file["arr_0"]
+        right = self.array.dtype == np.uint8 and self.array.shape[3:] == (3,)
+        assert right, "arr_0 must be (N,H,W,3) uint8"
         labels = file.get("arr_1", np.full(len(self.array), -1))
         super().__init__(labels, (), self.array.shape[1], train=False, seed=0)
 
     def pixels(self, key):
         return self.array[key], int(self.labels[key])
 
-def read_npz(flag, path, need):
-    """The arrays of an npz file, one of them `need`, as a dict. Raises UserError."""
+def read_npz(flag, path, *needed):
+    """An npz file -> (its arrays as a dict, its images as Pixels or None). Raises UserError."""
     try:
         with np.load(path) as file:
             arrays = dict(file)
-        images = arrays.get("arr_0", np.zeros((1, 1, 1, 3), np.uint8))
-        right = images.dtype == np.uint8 and images.shape[3:] == (3,) and len(images)
-        assert need in arrays and right, f"{need}, or arr_0 (N,H,W,3) uint8, is not in it"
+        for name in needed:
+            assert name in arrays, f"it has no {name}"
+        return arrays, Pixels(arrays) if "arr_0" in arrays else None
     except Exception as error:  # a damaged zip raises many types
         raise UserError(f"{flag} {path} cannot be read ({error}): pass another npz")
-    return arrays
 
-def read_reference(args, features, size):
-    """--reference, made by stats or by ADM -> mu (D,), sigma (D,D), its images or None."""
-    file = read_npz("--reference", args.reference, "mu")
-    mu, sigma = file["mu"], file.get("sigma", file["mu"])
-    pixels, ours = Pixels(file) if "arr_0" in file else None, features.record["features_hash"]
-    seen = features(torch.zeros(1, 3, size, size))[0].shape[1]
-    # ADM's files do not name a network: they are Inception's
-    made_with = str(file.get("features_hash", "" if features.judge else ours))
-    made_size = int(file.get("size", pixels.size if pixels else size))
-    wrong = made_with != ours or made_size != size
-    if wrong or mu.shape != (seen,) or sigma.shape != (seen, seen):
+def open_reference(args, features, size, run):
+    """What samples are compared with: --reference, made by stats or by ADM, or else the training
+    images -> mu (D,), sigma (D,D), a data set of real images or None. Raises UserError."""
+    args.data = args.data or features.config.get("data", "")
+    images = None
+    if args.data:
+        images = build_dataset(args.data, "train", size, train=False, labels=args.labels)
+    if not args.reference:
+        if images is None:
+            raise UserError("there is nothing to compare with: pass --reference, or --data")
+        return *statistics(images, features, args, run), images
+    file, pixels = read_npz("--reference", args.reference, "mu", "sigma")
+    mu, sigma = (check_finite(args.reference, file[name]) for name in ("mu", "sigma"))
+    ours = features.record["features_hash"]
+    # ADM's files name no network and no size: they are Inception's, and hold images
+    made_with = file.get("features_hash", "" if features.judge else ours)
+    made_size = file.get("size", pixels.size if pixels else size)
+    D = features(torch.zeros(1, 3, size, size))[0].shape[1]
+    fits = mu.shape == (D,) and sigma.shape == (D, D)
+    if made_with != ours or made_size != size or not fits:
         raise UserError(f"--reference {args.reference} is of another network or image size than "
                         f"{size} px: make one by `python eval.py stats`")
-    return check_finite(args.reference, mu), check_finite(args.reference, sigma), pixels
+    return mu, sigma, pixels or images
 
 def open_samples(args, run):
     """--samples -> (asked classes (N,), image size, {"-": batches}, record)."""
-    file = read_npz("--samples", args.samples, "arr_0")
-    samples = Pixels(file)
+    file, samples = read_npz("--samples", args.samples, "arr_0")
     args.ckpt, args.num = args.samples, min(args.num, len(samples)) or len(samples)
     images, labels = torch.from_numpy(samples.array), torch.from_numpy(samples.labels)
     record = {name: str(file[name]) for name in ("tokenizer", "generator") if name in file}
@@ -623,15 +632,15 @@ def open_samples(args, run):
 def open_generator(args, run):
     """--ckpt -> (asked classes (N,), image size, {cfg: batches}, record)."""
     gpt, tokenizer = load_generator(args.ckpt)
-    classes, scales = gpt.config.num_classes, args.cfg
-    args.num, args.data = args.num or 500, args.data or tokenizer.config.data
+    args.num = args.num or 500
+    args.data = args.data or tokenizer.config.data
     record = dict(tokenizer=weights_hash(tokenizer.state_dict()),
                   generator=weights_hash(gpt.state_dict()))
     gpt.to(run.device, run.dtype)
     tokenizer.to(run.device)
-    labels = torch.arange(args.num) % max(1, classes)
-    if not classes:
-        scales, labels = [1.0], labels - 1  # there is nothing to guide, and no label
+    labels, scales = torch.arange(args.num) % max(1, gpt.config.num_classes), args.cfg
+    if not gpt.config.num_classes:  # there is nothing to guide, and no label
+        labels, scales = labels - 1, [1.0]
     first, end = (args.num * rank // run.world for rank in (run.rank, run.rank + 1))
     starts = range(first, end, args.batch_size)  # this rank's block
 
@@ -643,54 +652,47 @@ def open_generator(args, run):
 
     return labels, tokenizer.config.size, {cfg: batches_at(cfg) for cfg in scales}, record
 
-@torch.no_grad()
-def gen(args, argv):
+def gen(args):
     run = start_run(args)
     opened = open_samples if args.samples else open_generator
     asked, size, streams, record = opened(args, run)
     features = Features(args, size, run)
-    judge, train_set, pixels, real = features.judge, None, None, None
-    if judge and asked.max() >= len(judge["class_names"]):
+    names = features.judge.get("class_names", range(10 ** 9))
+    if asked.max() >= len(names):
         raise UserError(f"--classifier {args.classifier} has no class {int(asked.max())}: train "
                         "one on the same --data")
-    args.data = args.data or judge.get("config", {}).get("data", "")
-    if args.data:
-        train_set = build_dataset(args.data, "train", size, train=False, labels=args.labels)
-    if args.reference:
-        mu, sigma, pixels = read_reference(args, features, size)
-    elif train_set:
-        images = images_of(train_set, 0, args, run, "stats")  # too many to hold
-        mu, sigma = Moments(features(batch)[0] for batch, _ in images).statistics(run)
-    else:
-        raise UserError("there is nothing to compare with: pass --reference, or --data")
+    mu, sigma, real_set = open_reference(args, features, size, run)
     record.update(features.record, reference=args.reference or f"train split of {args.data}",
                   reference_hash=weights_hash(dict(mu=mu, sigma=sigma)))
-    if pixels or train_set:
-        real = images_of(pixels or train_set, args.num, args, run, "real images")
-        real, *_ = collect(real, features, run)
+    real = None
+    if real_set:
+        stream = images_of(real_set, args.num, args, run, "real images")
+        real, *_ = collect(stream, features, run)
         record["real_images"] = len(real)
-    fd, score = labelled(features.frechet, args.num), labelled(features.score, args.num)
-    names, results = judge.get("class_names", range(10 ** 9)), []
-    for cfg, stream in streams.items():
+    device = "cpu" if run.device.type == "mps" else run.device  # MPS has no float64
+    results = []
+    for cfg, stream in streams.items():  # the images are drawn here, batch by batch
         fake, logits, labels, shown = collect(stream, features, run)
         if not run.main:
             continue
-        probs, titles = logits.softmax(1), None
-        row = {"cfg": cfg, fd: frechet_distance(mu, sigma, fake.mean(0), fake.T.cov())}
+        probs = logits.softmax(1)
+        frechet, score = labelled(features.frechet, args.num), labelled(features.score, args.num)
+        row = {"cfg": cfg, frechet: frechet_distance(mu, sigma, fake.mean(0), fake.T.cov())}
         row[score], row[f"{score}_std"] = inception_score(probs, min(10, len(probs)), args.seed)
         if real is not None:
-            pair = (x if run.device.type == "mps" else x.to(run.device) for x in (real, fake))
-            row["precision"], row["recall"] = precision_recall(*pair)  # MPS has no float64
-        if labels[0] >= 0:
-            titles = [str(names[c]) for c in labels[:40]]
-        if judge and titles:
+            pair = precision_recall(real.to(device), fake.to(device))
+            row["precision"], row["recall"] = pair
+        asked_for = labels[0] >= 0  # -1: a file without labels
+        titles = [str(names[c]) for c in labels[:40]] if asked_for else None
+        if features.judge and asked_for:
             hits = (probs.argmax(1) == labels).double()
             row["agreement"] = hits.mean().item()
-            row["per_class"] = {names[c]: hits[labels == c].mean().item() for c in labels.unique()}
+            row["per_class"] = {names[c]: hits[labels == c].mean().item()
+                                for c in labels.unique()}
         results.append(row)
         picture = f"{args.out}/samples{'' if cfg == '-' else f'_cfg{cfg:g}'}.png"
         image_grid(torch.stack(shown), picture, labels=titles, columns=10)
-    write_results(args, argv, run, results, [train_set], size=size, **record)
+    write_results(args, run, results, [real_set], size=size, **record)
 
 # -----------------------------------------------------------------------------
 # probe: what a linear classifier reads off the frozen encoder (paper A.4)
@@ -720,6 +722,7 @@ def fit_to_convergence(x, y, num_classes, l2=1e-4, max_steps=2000):
     weights and bias (C,D+1)."""
     def loss_and_gradient(flat):
         theta = torch.from_numpy(flat).to(x).view(num_classes, -1).requires_grad_()
+        # the bias, in the last column, is not penalised
         loss = F.cross_entropy(x @ theta.T, y) + l2 / 2 * theta[:, :-1].square().sum()
         loss.backward()
         return loss.item(), theta.grad.flatten().double().cpu().numpy()
@@ -774,7 +777,6 @@ def open_probe(args, model):
     args.train_num = len(chosen)
     return dataset
 
-@torch.no_grad()
 def probe_all(represent, train_set, val_set, args, run):
     """A linear probe for each key of represent(images) -> {key: (B,D)}, on --train-num and --num
     images -> {key: its row of the table}."""
@@ -793,8 +795,7 @@ def probe_all(represent, train_set, val_set, args, run):
         results[key] = dict(dimensions=x.shape[1], train_top1=top1[0], val_top1=top1[1])
     return results
 
-@torch.no_grad()
-def probe(args, argv):
+def probe(args):
     model, val_set, run = open_tokenizer(args)
     config, keeps = model.config, args.keep or (model.config.length,)
     train_set = open_probe(args, model)
@@ -808,16 +809,18 @@ def probe(args, argv):
         for name, encoder in encoders.items():
             for keep in keeps:
                 tokens, cls = pooled(encoder, images, keep, run)
-                both = torch.cat([cls, tokens], dim=1)  # as DINOv2's linear probe (2304.07193)
-                for what, x in (("tokens", tokens), ("class token", cls), ("both", both)):
-                    found[name, what, keep] = x
+                found[name, "tokens", keep] = tokens
+                found[name, "class token", keep] = cls
+                # as in DINOv2's linear probe (2304.07193)
+                found[name, "both", keep] = torch.cat([cls, tokens], dim=1)
         pixels = F.adaptive_avg_pool2d(images, min(config.size, 32))
         found["-", "pixels", "-"] = torch.from_numpy(to_uint8(pixels)).flatten(1)
         return found
 
     results = probe_all(represent, train_set, val_set, args, run)
-    rows = [dict(zip(("encoder", "features", "keep"), key), **row) for key, row in results.items()]
-    write_results(args, argv, run, rows, [train_set, val_set], align=config.align)
+    names = ("encoder", "features", "keep")
+    rows = [dict(zip(names, key), **row) for key, row in results.items()]
+    write_results(args, run, rows, [train_set, val_set], align=config.align)
 
 # -----------------------------------------------------------------------------
 # train-classifier: the CNN that judges samples. finetune: the encoder of a tokenizer, trained as
@@ -905,6 +908,7 @@ def layer_groups(model, config):
         part, *rest = name.removeprefix("encoder.").split(".")
         layer = last if part in ("norm", "head") else 0
         layer = int(rest[0]) + 1 if part == "blocks" else layer
+        # as everywhere, vectors do not decay; nor do these two tables
         decays = p.dim() >= 2 and part not in ("cls", "position")
         groups.append(dict(params=[p], scale=config.layer_decay ** (last - layer),
                            weight_decay=config.weight_decay * decays))
@@ -917,25 +921,35 @@ def mix(images, targets, alpha, *key):
     share = np.random.default_rng(key).beta(alpha, alpha)
     return images.lerp(images.flip(0), share), targets.lerp(targets.flip(0), share)
 
+@torch.no_grad()
+def accuracy(model, dataset, config, batch_size, run):
+    """Share of config.num val images (0: all) whose label is the highest logit."""
+    rows = subset(len(dataset), config.num, config.seed)
+    hits = [torch.zeros(0, dtype=torch.bool)]  # a rank may have no image
+    for images, labels in val_batches(dataset, rows, batch_size, run, loader_workers(config)):
+        logits = check_finite("logits", model(images)[1].cpu())
+        hits.append(logits.argmax(1) == labels.cpu())
+    return gather_rows(torch.cat(hits), run).double().mean().item()
+
 def train_classifier(argv):
-    config = parse_config(ClassifierConfig, "Train a small CNN that knows the classes.", argv[1:])
+    config = parse_config(ClassifierConfig, "A small CNN that knows the classes.", argv[1:])
     fit(config, argv, "classifier", config.size,
         lambda classes: Classifier(config.size, classes, config.width))
 
 def finetune(argv):
-    config = parse_config(FinetuneConfig, "Fine-tune the encoder of a tokenizer as a classifier.",
-                          argv[1:], RECIPES, "recipe")
+    config = parse_config(FinetuneConfig, "A tokenizer's encoder as a classifier.", argv[1:],
+                          RECIPES, "recipe")
     tokenizer = load_tokenizer(config.ckpt)
     t, encoder = tokenizer.config, tokenizer.encoder
     config.data, config.keep = config.data or t.data, config.keep or t.length
     merge_schedule(t.length, config.keep, t.depth)  # raises UserError on a K out of reach
     fit(config, argv, "finetuned", t.size,
         lambda classes: FineTuned(encoder, config.keep, classes, config.drop_path),
-        keep=config.keep, tokenizer=weights_hash(tokenizer.state_dict()))
+        tokenizer=weights_hash(tokenizer.state_dict()))
 
 def fit(config, argv, kind, size, make_model, **record):
     """Train make_model(number of classes): images (B,3,size,size) -> features, logits (B,C)."""
-    config.command = argv[0]
+    config.command, config.argv = argv[0], argv
     train_set, val_set = open_data(config, size)
     classes = train_set.num_classes
     if classes < 2:
@@ -944,7 +958,7 @@ def fit(config, argv, kind, size, make_model, **record):
     run = start_run(config)
     micro = micro_batch(config, run)
     state = open_out(config, run, kind)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # the same weights on every rank
     raw_model = make_model(classes).to(run.device)
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)
     groups = layer_groups(raw_model, config)
@@ -962,8 +976,7 @@ def fit(config, argv, kind, size, make_model, **record):
         # N steps make N + 1 passes. Step 0 counts: a broken evaluation shows at once
         last = step >= config.max_steps
         if last or stopping or step % config.eval_every == 0:
-            per_rank = dataclasses.replace(config, batch_size=micro)
-            val_accuracy = accuracy(ema, images_of(val_set, config.num, per_rank, run), run)
+            val_accuracy = accuracy(ema, val_set, config, micro, run)
             metrics.scores(step, dict(val_accuracy=val_accuracy))
         if run.main and (last or stopping or step % config.save_every == 0):
             save_run(config, kind, step, skipped, parts, val_accuracy=val_accuracy,
@@ -998,15 +1011,14 @@ def fit(config, argv, kind, size, make_model, **record):
     metrics.bar.close()
     if last:
         config.num = config.num or len(val_set)
-        write_results(config, argv, run, datasets=[train_set, val_set], size=size, steps=step,
+        write_results(config, run, datasets=[train_set, val_set], size=size, steps=step,
                       skipped=int(skipped), val_top1=val_accuracy, **record)
-    done = f"done: {config.out}/ckpt.pt; {val_accuracy:.2%} of the val images right"
-    end_run(config, run, step, done)
+    end_run(config, run, step,
+            f"done: {config.out}/ckpt.pt; {val_accuracy:.2%} of the val images right")
 
 # -----------------------------------------------------------------------------
 # sweep: reconstruction against representation (Table 4, Figure 3)
 
-@torch.no_grad()
 def multiply_adds(encoder, size, keep):
     """Multiply-adds that encode one image: what the paper's tables call FLOPs."""
     images = torch.zeros(1, 3, size, size, device=next(encoder.parameters()).device)
@@ -1015,8 +1027,7 @@ def multiply_adds(encoder, size, keep):
         encoder(images, keep)
     return counter.get_total_flops() // 2
 
-@torch.no_grad()
-def sweep(args, argv):
+def sweep(args):
     model, dataset, run = open_tokenizer(args)
     config = model.config
     keeps = args.keep or sorted({*config.keeps, config.keep, config.length})
@@ -1028,16 +1039,14 @@ def sweep(args, argv):
                           train_set, dataset, args, run)
         row["probe_top1"] = found[keep]["val_top1"]
         row["encoder_gmacs"] = multiply_adds(model.encoder, config.size, keep) / 1e9
-    write_results(args, argv, run, rows, [train_set, dataset], **record)
-    if run.main:
-        names = ("psnr", "rfd", "rFID", "probe_top1", "encoder_gmacs")
-        columns = [name for name in rows[0] if name.startswith(names)]
-        plot_rows(rows, f"{args.out}/sweep.png", columns, x="keep")
+    write_results(args, run, rows, [train_set, dataset], **record)
+    if run.main:  # all columns but keep and source
+        plot_rows(rows, f"{args.out}/sweep.png", list(rows[0])[2:], x="keep")
 
 # -----------------------------------------------------------------------------
 # speed: decoding in the three modes, as ratios. Times alone say little about another machine
 
-def speed(args, argv):
+def speed(args):
     run, L, K, B = start_run(args), args.length, args.keep, args.batch_size
     if math.isqrt(L) ** 2 != L or K > L:
         raise UserError(f"--length {L} must be a square, and --keep {K} at most that")
@@ -1056,13 +1065,13 @@ def speed(args, argv):
             sample_codes(gpt, labels, cfg=2.0)[0].cpu()  # waits for the device
             if turn:
                 seconds[mode] = min(seconds[mode], time.perf_counter() - began)
-    rows = []
-    for mode, gpt in gpts.items():
-        rows.append(dict(mode=mode, images_per_s=B / seconds[mode],
-                         speedup=seconds["raster"] / seconds[mode],
-                         cache_bytes=gpt.new_cache(2 * B, K).nbytes))
-        rows[-1]["cache_ratio"] = rows[-1]["cache_bytes"] / rows[0]["cache_bytes"]
-    write_results(args, argv, run, rows, threads=torch.get_num_threads(), **sizes)
+    # guidance runs each image twice, with its class and without: 2 B rows
+    cache = {mode: gpt.new_cache(2 * B, K).nbytes for mode, gpt in gpts.items()}
+    rows = [dict(mode=mode, images_per_s=B / seconds[mode],
+                 speedup=seconds["raster"] / seconds[mode],
+                 cache_bytes=cache[mode], cache_ratio=cache[mode] / cache["raster"])
+            for mode in MODES]
+    write_results(args, run, rows, threads=torch.get_num_threads(), **sizes)
 
 # -----------------------------------------------------------------------------
 # Commands and flags
@@ -1133,7 +1142,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.out = args.out or f"out/{args.command}"
     os.makedirs(args.out, exist_ok=True)
-    COMMANDS[args.command](args, argv)
+    args.argv = argv
+    with torch.no_grad():  # nothing trains but the probe, which says so
+        COMMANDS[args.command](args)
     if dist.is_initialized():
         dist.destroy_process_group()
 

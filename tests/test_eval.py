@@ -193,7 +193,7 @@ def judge(tmp_path_factory):
     torch.manual_seed(1)
     path = str(tmp_path_factory.mktemp("judge") / "ckpt.pt")
     save_checkpoint(path, "classifier", ema=Classifier(16, 10).state_dict(), val_accuracy=0.1,
-                    step=2, config=dict(size=16, data="shapes", max_steps=2),
+                    step=2, config=dict(size=16, width=32, data="shapes", max_steps=2),
                     class_names=list("abcdefghij"))
     return path
 

@@ -266,16 +266,16 @@ def test_selection_takes_spaced_elements(files):
 
 # InceptionV3
 
-def small_inception(path):
-    state = {name: w for name, w in FIDInception(shrink=16).state_dict().items() if w.dim() > 0}
+def random_inception(path):
+    state = {name: w for name, w in FIDInception().state_dict().items() if w.dim() > 0}
     torch.save(random_tensors({name: w.shape for name, w in state.items()}), path)
-    return load_inception(str(path), shrink=16)
+    return load_inception(str(path))
 
 def test_inception_convention(tmp_path):
     """Features under autocast, statistics of the batch, another resize, a bias in the logits."""
-    net, x = small_inception(tmp_path / "inception.pth"), random_images(3, 40, 61)
+    net, x = random_inception(tmp_path / "inception.pth"), random_images(3, 40, 61)
     features, logits = net(x)
-    assert features.shape == (3, 128) and logits.shape == (3, 1008)
+    assert features.shape == (3, 2048) and logits.shape == (3, 1008)
     with torch.autocast("cpu", torch.bfloat16):
         again = net(x[:1])
     torch.testing.assert_close(again, (features[:1], logits[:1]), rtol=1e-4, atol=1e-6)
@@ -287,13 +287,13 @@ def test_inception_convention(tmp_path):
 
 def test_inception_refuses_wrong_files(tmp_path):
     """torchvision's own InceptionV3 (1,000 classes, an auxiliary head) taken for FID's."""
-    small_inception(tmp_path / "inception.pth")
+    random_inception(tmp_path / "inception.pth")
     state = torch.load(tmp_path / "inception.pth")
-    for change, word in (({"fc.weight": torch.zeros(1000, 128)}, "fc.weight"),
+    for change, word in (({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight"),
                          ({"AuxLogits.fc.bias": torch.zeros(9)}, "AuxLogits.fc.bias")):
         torch.save({**state, **change}, tmp_path / "wrong.pth")
         with pytest.raises(UserError, match=f"--inception-weights.*{word}"):
-            load_inception(str(tmp_path / "wrong.pth"), shrink=16)
+            load_inception(str(tmp_path / "wrong.pth"))
 
 # Training with all of them
 
