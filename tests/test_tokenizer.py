@@ -162,8 +162,6 @@ def test_merging_equals_a_slow_loop(N, protected):
             assert new_index[b].tolist() == slow_index
             torch.testing.assert_close(y[b], slow_x)
             assert new_size[b].tolist() == slow_size
-    with pytest.raises(AssertionError, match="at most"):
-        match_tokens(metric, most + 1, protected)
 
 def test_matching_is_in_float32():
     """Under autocast the scores of matching round to bfloat16, and half of the best ones tie."""
@@ -173,8 +171,8 @@ def test_matching_is_in_float32():
     assert torch.equal(half, match_tokens(metric, 20))
 
 def test_a_token_is_the_mean_of_its_positions():
-    """Indices of the blocks composed the wrong way round, the class token's offset forgotten, tokens
-    numbered otherwise than their vectors, means without sizes. With all branches of the blocks off,
+    """Indices of the blocks composed the wrong way round, the class token's offset forgotten,
+    tokens numbered unlike their vectors, means without sizes. With all branches of the blocks off,
     a merged token is the mean of the CNN's outputs over its region."""
     model, images = small_model(bit_norm=False), random_images(4)
     with torch.no_grad():
