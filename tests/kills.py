@@ -11,13 +11,12 @@ forked from one process that has imported torch.
 import argparse
 import contextlib
 import json
+import multiprocessing
 import os
 import random
-import signal
 import sys
 import tempfile
 import time
-import traceback
 
 import torch
 from PIL import Image
@@ -60,36 +59,24 @@ def command(settings, out, **changes):
     return argv
 
 def start(function, *args, log=os.devnull):
-    """Run function(*args) in a forked process of one thread, its output in `log` -> its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
+    """Run function(*args) in a forked process of one thread, its output in `log`."""
+    def run():
         torch.set_num_threads(1)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        sys.stdout = open(1, "w", buffering=1, closefd=False)
-        sys.stderr = open(2, "w", buffering=1, closefd=False)
-        function(*args)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+        with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file):
+            with contextlib.redirect_stderr(file):
+                function(*args)
 
-def finish(pid):
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+def finish(process):
     """Wait for a process -> its exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    process.join()
+    return process.exitcode
 
-def alive(pid):
-    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-
-def cpu_seconds(pid):
-    with open(f"/proc/{pid}/stat") as file:
+def cpu_seconds(process):
+    with open(f"/proc/{process.pid}/stat") as file:
         fields = file.read().rsplit(")", 1)[1].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
@@ -99,7 +86,7 @@ def being_written(path):
     except FileNotFoundError:
         return False
 
-def kill_at_random(pid, out, dice, longest):
+def kill_at_random(process, out, dice, longest):
     """SIGKILL after a random share of `longest` CPU seconds, or, one time in three, while a
     checkpoint is being written -> "write", "anywhere", or "" when the run ended before."""
     half = f"{out}/ckpt.pt.tmp"
@@ -108,15 +95,15 @@ def kill_at_random(pid, out, dice, longest):
     in_write = dice.random() < 1 / 3
     until, skip = dice.uniform(0, longest), dice.randrange(4)
     writing = False
-    while alive(pid):
+    while process.is_alive():
         before, writing = writing, being_written(half)
         skip -= writing and not before  # not always the first write
-        if writing and skip < 0 if in_write else cpu_seconds(pid) > until:
-            os.kill(pid, signal.SIGKILL)
-            finish(pid)
+        if writing and skip < 0 if in_write else cpu_seconds(process) > until:
+            process.kill()
+            process.join()
             return "write" if being_written(half) else "anywhere"
         time.sleep(0.0002 if in_write else 0.005)
-    assert finish(pid) == 0, f"the run in {out} failed by itself"
+    assert finish(process) == 0, f"the run in {out} failed by itself"
     return ""
 
 def read(out):
@@ -154,11 +141,11 @@ def torment(main, settings, folder, kills, dice, **changes):
         while step < changes["max_steps"]:
             resume = os.path.exists(f"{out}/ckpt.pt")
             argv = command(settings, out, **changes, resume=resume, overwrite=not resume)
-            pid = start(main, argv, log=log)
+            process = start(main, argv, log=log)
             if counts["write"] + counts["anywhere"] < kills:
-                counts[kill_at_random(pid, out, dice, longest)] += 1
+                counts[kill_at_random(process, out, dice, longest)] += 1
             else:
-                assert finish(pid) == 0, open(log).read()
+                assert finish(process) == 0, open(log).read()
             if os.path.exists(f"{out}/ckpt.pt"):
                 now = torch.load(f"{out}/ckpt.pt", weights_only=True)["step"]
                 assert now >= step, f"the checkpoint went back from step {step} to {now}"

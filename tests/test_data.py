@@ -1,7 +1,6 @@
 """Tests of the image half of data.py. Each docstring names the bug that the test would catch."""
 
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -39,33 +38,38 @@ def encoded(image, kind="PNG", **options):
 def png(number):
     return encoded(picture(number))
 
-def write(root, path, content=png(1)):
-    path = root / path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-
-def write_tar(path, members):
-    """members: (name, bytes); a name that ends in "/" is a folder, a str a hard link."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.type = tarfile.DIRTYPE if name.endswith("/") else info.type
-            if isinstance(content, str):
-                info.type, info.linkname = tarfile.LNKTYPE, content
-                content = b""
-            info.size = len(content)
+def write(root, files):
+    """{path: content}. x.tar/a/1.png is a member of a tar; text is a link to what it names."""
+    for path, content in files.items():
+        archive, inside, name = path.partition(".tar/")
+        file = root / (archive + ".tar" if inside else path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not inside:
+            file.write_bytes(content)
+            continue
+        info = tarfile.TarInfo(name)
+        if isinstance(content, str):
+            info.type = tarfile.SYMTYPE if content.startswith("../") else tarfile.LNKTYPE
+            info.linkname, content = content, b""
+        elif name.endswith("/"):
+            info.type = tarfile.DIRTYPE
+        info.size = len(content)
+        with tarfile.open(file, "a") as tar:
             tar.addfile(info, io.BytesIO(content))
+
+# split and class of each image
+IMAGES = [("train", "n02")] * 4 + [("train", "n01")] * 3 + [("train", "n10")] * 2
+IMAGES += [("val", "n02"), ("val", "n01"), ("val", "n10")]
+
+def lay_out(root, place, more={}):
+    """Write IMAGES where place(split, class, number) says, and more files."""
+    jpegs = [encoded(picture(i), "JPEG", quality=90) for i in range(12)]
+    write(root, {place(*IMAGES[i], i): jpegs[i] for i in range(12)} | more)
 
 @pytest.fixture
 def folder(tmp_path):
-    """train/ with class folders of 4, 3 and 2 images, in ImageNet's layout, and val/ with 1."""
-    number = itertools.count()
-    for name, count in (("n02", 4), ("n01", 3), ("n10", 2)):
-        for i in range(count):
-            jpeg = encoded(picture(next(number)), "JPEG", quality=90)
-            write(tmp_path, f"train/{name}/{name}_{i}.JPEG", jpeg)
-        write(tmp_path, f"val/{name}/v.png", png(next(number)))
+    """train/ and val/ with class folders."""
+    lay_out(tmp_path, lambda split, name, i: f"{split}/{name}/{i}.jpg")
     return tmp_path
 
 def build(spec, split="train", size=8, train=False, **more):
@@ -110,8 +114,6 @@ def test_ranks_and_accumulation_partition_the_global_batch(world, accum):
         for step in whole[start:]:
             micro = [next(stream)[1].tolist() for _ in range(accum) for stream in streams]
             assert sum(micro, []) == step
-    with pytest.raises(UserError, match="multiple of 8"):
-        next(batches(Numbers(9), config(batch_size=12, accum=2), ONE._replace(world=4)))
 
 def test_workers_change_nothing(folder):
     """A worker's own random state; uint8 transport that changes a pixel."""
@@ -129,7 +131,7 @@ def test_workers_change_nothing(folder):
 def test_crops_and_views(folder):
     """Frozen crops, or crops that depend on what came before; codes of other crops."""
     gradient = Image.linear_gradient("L").rotate(90)
-    write(folder, "train/n01/n01_0.JPEG", encoded(gradient, "JPEG"))
+    write(folder, {"train/n01/4.jpg": encoded(gradient, "JPEG")})
     dataset, again, other = [build(folder, size=16, train=True, seed=s) for s in (0, 0, 1)]
     first = dataset[0, 0][0]
     assert torch.equal(first, dataset[0][0]) and torch.equal(first, again[0, 0][0])
@@ -250,8 +252,8 @@ def test_training_crops(size):
 
 def test_unreadable_images_are_replaced_counted_and_named(folder, capsys):
     """A run that dies of one broken file; finds of workers that get lost."""
-    write(folder, "train/n01/n01_1.JPEG", b"broken")
-    found = f"{folder}/train/n01/n01_1.JPEG (not an image that Pillow reads)"
+    write(folder, {"train/n01/5.jpg": b"broken"})
+    found = f"{folder}/train/n01/5.jpg (not an image that Pillow reads)"
     for workers in (0, 2):
         dataset = build(folder)
         stream = batches(dataset, config(batch_size=9, workers=workers), ONE)
@@ -262,11 +264,11 @@ def test_unreadable_images_are_replaced_counted_and_named(folder, capsys):
         stream.close()
     again = build(folder)
     assert torch.equal(again[1][0], again[2][0]) and again[1][1] == again[2][1]
-    write(folder, "train/n02/n02_3.JPEG", b"broken")  # the last but two: 2 of 9 are too many
-    write(folder, "empty/a/1.png", b"")
+    write(folder, {"train/n02/3.jpg": b"broken"})  # the last but two: 2 of 9 are too many
+    write(folder, {"empty/a/1.png": b""})
     for workers in (0, 1):
         settings = config(batch_size=9, workers=workers)
-        with pytest.raises(UserError, match="2 of 9 images .*n01_1.JPEG .*n02_3.JPEG"):
+        with pytest.raises(UserError, match="2 of 9 images .*5.jpg .*3.jpg"):
             next(batches(build(folder), settings, ONE))
         with pytest.raises(UserError, match=r"can be read.*empty file") as caught:
             next(batches(build(folder / "empty"), settings, ONE))
@@ -274,7 +276,8 @@ def test_unreadable_images_are_replaced_counted_and_named(folder, capsys):
 
 def test_our_own_bugs_are_no_bad_data(folder, monkeypatch):
     """A missing os.pread reported as damaged files."""
-    dataset, files = build(as_tar(folder)), build(folder)
+    write(folder, {"x.tar/a/1.png": png(1)})
+    dataset, files = build(folder / "x.tar"), build(folder)
     with monkeypatch.context() as patch:
         patch.delattr(os, "pread")
         with pytest.raises(AttributeError):
@@ -282,115 +285,77 @@ def test_our_own_bugs_are_no_bad_data(folder, monkeypatch):
         patch.setattr(data, "to_rgb", lambda image: image.no_such_thing)
         with pytest.raises(AttributeError):
             files[0]
-    os.remove(folder / "train/n01/n01_0.JPEG")  # but a file that has gone is the data's fault
+    os.remove(folder / "train/n01/4.jpg")  # but a file that has gone is the data's fault
     files[0]
     assert "No such file" in files.unreadable()[0]
 
-def as_tar(folder):
-    with tarfile.open(folder / "all.tar", "w") as tar:
-        tar.add(folder / "train", "imagenet/train")
-        tar.add(folder / "val", "./imagenet/val")
-        link = tarfile.TarInfo("imagenet/train/n00/link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    return folder / "all.tar"
+def only_val_is_flat(split, name, i):
+    return f"{split}/{name}/{i}.jpg" if split == "train" else f"val/my {i}.jpg"
 
-def as_shards(folder):
-    for split in ("train", "val"):  # classes scattered over shards
-        files = sorted((folder / split).rglob("*.*"), key=lambda path: path.name)
-        for number in range(2):
-            members = [(f"{p.parent.name}/{p.name}", p.read_bytes()) for p in files[number::2]]
-            write_tar(folder / f"in-{split}-{number:03d}.tar", members)
-    return f"{folder}/in-*.tar"
+def tiny_imagenet(split, name, i):
+    return f"train/{name}/images/{i}.jpg" if split == "train" else f"val/images/{i}.jpg"
 
-def as_webdataset(folder):
-    classes = sorted(os.listdir(folder / "train"))
-    for split in ("train", "val"):
-        members = []
-        for number, path in enumerate(sorted((folder / split).rglob("*.*"))):
-            label = classes.index(path.parent.name)
-            record = json.dumps({("label", "cls")[number // 2 % 2]: label})
-            text, kind = (str(label), "cls") if number % 2 else (record, "json")
-            members.append((f"s{number}.input.jpg", path.read_bytes()))
-            members.append((f"s{number}.{kind}", text.encode()))
-        write_tar(folder / f"wds-{split}-000.tar", members)
-    return f"{folder}/wds-{{train,val}}-{{000..000}}.tar"
+def webdataset_labels():
+    """A label for each image, in one of three forms."""
+    files = {}
+    for i, (split, name) in enumerate(IMAGES):
+        label = ("n01", "n02", "n10").index(name)
+        record = json.dumps({("label", "cls")[i // 2 % 2]: label})
+        kind, text = ("cls", str(label)) if i % 2 else ("json", record)
+        files[f"w-{split}-000.tar/s{i}.{kind}"] = text.encode()
+    return files
 
-def as_class_tars(folder):
-    for path in sorted(folder.glob("*/n*")):
-        members = [(image.name, image.read_bytes()) for image in sorted(path.iterdir())]
-        write_tar(folder / "w" / path.parent.name / f"{path.name}.tar", members)
-    return folder / "w"
+LAYOUTS = [  # --data, the place of an image, other files
+    ("all.tar", lambda split, name, i: f"all.tar/./imagenet/{split}/{name}/{i}.jpg", {}),
+    ("in-*.tar", lambda split, name, i: f"in-{split}-{i % 2:03d}.tar/{name}/{i}.jpg", {}),
+    ("w-{train,val}-{000..000}.tar",
+     lambda split, name, i: f"w-{split}-000.tar/s{i}.input.jpg", webdataset_labels()),
+    ("", lambda split, name, i: f"{split}/{name}.tar/{i}.jpg", {}),
+    ("", only_val_is_flat,
+     {"val_labels.txt": b"my 9.jpg n02\nmy 10.jpg n01\nmy 11.jpg n10\n"}),
+    ("", tiny_imagenet,
+     {"val/val_annotations.txt": b"9.jpg\tn02\t0\t32\n10.jpg\tn01\t4\n11.jpg\tn10\t9\n",
+      "test/images/test_0.JPEG": png(1)}),
+    ("packed", None, {}),
+]
 
-def as_flat_val(folder):
-    for name in ("n01", "n02", "n10"):
-        os.rename(folder / f"val/{name}/v.png", folder / f"val/my {name}.png")
-    write(folder, "val_labels.txt", b"my n01.png n01\nmy n02.png n02\nmy n10.png n10\n")
-    return folder
-
-def as_tiny_imagenet(folder):
-    lines = ""
-    for name in ("n01", "n02", "n10"):
-        os.renames(folder / f"val/{name}/v.png", folder / f"val/images/val_{name}.png")
-        os.rename(folder / f"train/{name}", folder / "images")
-        os.renames(folder / "images", folder / f"train/{name}/images")
-        lines += f"val_{name}.png\t{name}\t0\t32\t44\t62\n"
-    write(folder, "val/val_annotations.txt", lines.encode())
-    write(folder, "test/images/test_0.JPEG")
-    return folder
-
-def as_pack(folder):
-    data.pack(str(folder), str(folder / "packed"), 16, shard_size=4)
-    return folder / "packed"
-
-LAYOUTS = [str, as_tar, as_shards, as_webdataset, as_class_tars, as_flat_val, as_tiny_imagenet,
-           as_pack]
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_all_layouts_are_the_same_data_set(folder, layout):
+@pytest.mark.parametrize("spec, place, more", LAYOUTS)
+def test_all_layouts_are_the_same_data_set(folder, spec, place, more):
     """Class ids that differ between folder and tar."""
-    expected = [contents(build(folder, split)) for split in ("train", "val")]
-    assert [len(split) for split in expected] == [9, 3]
-    spec = layout(folder)
-    for split, wanted in zip(("train", "val"), expected):
-        dataset = build(spec, split)
-        if layout is as_webdataset:  # a label is an id, and no name
-            assert dataset.class_names == ["0", "1", "2"]
+    root = folder / "other"
+    if place:
+        lay_out(root, place, more)
+    else:
+        data.pack(str(folder), str(root / spec), 16, shard_size=4)
+    for split, count in (("train", 9), ("val", 3)):
+        dataset, expected = build(root / spec, split), build(folder, split)
+        if dataset.class_names == ["0", "1", "2"]:  # WebDataset: a label is an id, and no name
             dataset.class_names = ["n01", "n02", "n10"]
-        assert dataset.class_names == ["n01", "n02", "n10"]
-        (names, colors), (true_names, true_colors) = zip(*contents(dataset)), zip(*wanted)
-        assert names == true_names
-        difference = np.abs(np.array(colors, int) - np.array(true_colors, int))
-        assert difference.max() <= (4 if layout is as_pack else 0)  # val's PNGs became JPEGs
-    unlabelled = build(spec, labels=False)
+        assert dataset.class_names == expected.class_names == ["n01", "n02", "n10"]
+        assert contents(dataset) == contents(expected) and len(dataset) == count
+    unlabelled = build(root / spec, labels=False)
     assert (unlabelled.num_classes, unlabelled[0][1], len(unlabelled)) == (0, 0, 9)
 
 @pytest.mark.parametrize("train", ["train", "training", "Train"])
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "dev", "test", "testing"])
 def test_split_words(tmp_path, train, val):
     """A folder valid/ ignored, training/ a class, val shards in train."""
-    inside = []
     for split, count in ((train, 30), (val, 1)):
-        cats = [(f"cat/{i}.png", png(i)) for i in range(count)]
-        inside += [(f"x/{split}/{name}", content) for name, content in cats]
-        write_tar(tmp_path / f"below/{split}/0.tar", cats)
-        write_tar(tmp_path / f"named/{split}_03.tar", cats)
-        for name, content in cats:
-            write(tmp_path, f"folders/{split}/{name}", content)
-    write_tar(tmp_path / "inside.tar", inside)
+        for place in ("inside.tar/x/SPLIT", "below/SPLIT/0.tar", "named/SPLIT_03.tar",
+                      "folders/SPLIT"):
+            place = place.replace("SPLIT", split)
+            write(tmp_path, {f"{place}/cat/{i}.png": png(i) for i in range(count)})
     for spec in ("folders", "inside.tar", "below", "below/*/*.tar", "named", "named/*.tar"):
         assert sizes(tmp_path / spec) == [30, 1], spec
         assert build(tmp_path / spec).class_names == ["cat"]
-    write(tmp_path, "folders/val/cat/0.png")
-    write(tmp_path, "folders/val/cat/1.png")
+    write(tmp_path, {f"folders/val/cat/{i}.png": png(i) for i in range(2)})
     assert sizes(tmp_path / "folders") == [30, 2]  # val before test
 
 def test_what_is_left_out_is_said(tmp_path):
     """Empty classes that move ids; files not counted; a class train/ as a split."""
     kinds = {"cat/1.jfif": "JPEG", "cat/2.jpe": "JPEG", "cat/3.ppm": "PPM", "cat/4.jpg": "AVIF",
              "emu/1.avif": "AVIF", "dog/1.heic": "PNG", "cat/notes.txt": "PNG", "1.png": "PNG"}
-    for path, kind in kinds.items():
-        write(tmp_path, f"all/{path}", encoded(picture(1), kind))
+    write(tmp_path, {f"all/{path}": encoded(picture(1), kind) for path, kind in kinds.items()})
     dataset = build(tmp_path / "all")
     everything = len(dataset) + len(build(tmp_path / "all", "val"))
     assert everything == 5 and dataset.class_names == ["cat", "dog", "emu"]
@@ -398,16 +363,14 @@ def test_what_is_left_out_is_said(tmp_path):
         assert text in dataset.describe()
     assert all(dataset[i][0].isfinite().all() for i in range(len(dataset)))
     assert not dataset.faults
-    for name in ("airplane", "bird", "train"):
-        write(tmp_path, f"folders/{name}/1.jpg")
-        write_tar(tmp_path / f"tars/{name}.tar", [("1.png", png(1)), ("2.png", png(2))])
-    for kind in ("folders", "tars"):
-        assert build(tmp_path / kind).class_names == ["airplane", "bird", "train"]
+    names = ["airplane", "bird", "train"]
+    for place in ("folders/{}/1.jpg", "tars/{}.tar/1.png", "tars/{}.tar/2.png"):
+        write(tmp_path, {place.format(name): png(1) for name in names})
+    assert build(tmp_path / "folders").class_names == build(tmp_path / "tars").class_names == names
 
 def test_stray_folders_cost_themselves(folder, monkeypatch):
     """An unreadable folder or a link back up ends the run."""
-    write(folder, "train/lost+found/1.png")
-    write(folder, "train/secret/1.png")
+    write(folder, {"train/lost+found/1.png": png(1), "train/secret/1.png": png(1)})
     (folder / "train/n01/loop").symlink_to(folder, target_is_directory=True)
     (folder / "train/self").symlink_to("self")
     scandir = os.scandir
@@ -426,7 +389,7 @@ def test_stray_folders_cost_themselves(folder, monkeypatch):
 def test_tars_are_read_to_the_end(tmp_path):
     """A damaged header, a second archive, links or absolute names that drop images."""
     noise = [encoded(Image.effect_noise((30, 30), 50 + i)) for i in range(20)]
-    write_tar(tmp_path / "all.tar", [(f"{'ab'[i // 10]}/{i}.png", noise[i]) for i in range(20)])
+    write(tmp_path, {f"all.tar/{'ab'[i // 10]}/{i}.png": noise[i] for i in range(20)})
     assert sum(sizes(tmp_path / "all.tar")) == 20
     with tarfile.open(tmp_path / "all.tar") as tar:
         member = tar.getmembers()[5]
@@ -435,17 +398,18 @@ def test_tars_are_read_to_the_end(tmp_path):
     damaged[member.offset + 3] ^= 1
     ends = (member.offset_data + 100, member.offset, member.offset + 9)
     for bad in (damaged, *(whole[:end] for end in ends)):
-        write(tmp_path, "bad.tar", bytes(bad))
+        write(tmp_path, {"bad.tar": bytes(bad)})
         with pytest.raises(UserError, match="no intact, uncompressed tar"):
             build(tmp_path / "bad.tar")
-    write(tmp_path, "two.tar", whole + bytes(2 ** 21) + whole)
+    write(tmp_path, {"two.tar": whole + bytes(2 ** 21) + whole})
     with pytest.raises(UserError, match="a second archive"):
         build(tmp_path / "two.tar")
-    write_tar(tmp_path / "x.tar", [("/d/a/1.png", png(1)), ("/d/b/2.png", "/d/a/1.png"),
-                                   ("/d/b/3.png", "d/gone.png"), ("/d/c/", b"")])
+    members = {"/d/a/1.png": png(1), "/d/b/2.png": "/d/a/1.png", "/d/b/3.png": "d/gone.png",
+               "/d/b/4.png": "../a/1.png", "/d/b/5.png": "d/a/1.png", "/d/c/": b""}
+    write(tmp_path, {f"x.tar/{name}": content for name, content in members.items()})
     train, val = [build(tmp_path / "x.tar", split) for split in ("train", "val")]
-    assert len(train) + len(val) == 2 and train.class_names == ["a", "b", "c"]
-    assert torch.equal(train[0][0], val[0][0])
+    assert len(train) + len(val) == 4 and train.class_names == ["a", "b", "c"]
+    assert torch.equal(train[0][0], val[0][0]) and torch.equal(train[1][0], val[0][0])
     for text in ("1 links to no image", "without images: c"):
         assert text in train.describe()
 
@@ -453,13 +417,13 @@ def test_digest(folder):
     """An image moved or replaced, and old codes reused."""
     seen = [build(folder).digest()]
     assert build(folder, train=True).digest() == seen[0]
-    for moves in (["train/n01/n01_0.JPEG train/n02/n01_0.JPEG"],
+    for moves in (["train/n01/4.jpg train/n02/4.jpg"],
                   ["train/n10 train/n11", "val/n10 val/n11"]):
         for old, new in map(str.split, moves):
             os.rename(folder / old, folder / new)
         seen.append(build(folder).digest())
-    write(folder, "train/n02/n02_0.JPEG")
-    others = [build(folder), build(folder, labels=False), build(as_tar(folder)), build("shapes"),
+    write(folder, {"train/n02/0.jpg": png(1), "x.tar/a/1.png": png(1)})
+    others = [build(folder), build(folder, labels=False), build(folder / "x.tar"), build("shapes"),
               build("shapes", seed=1), build("shapes", size=16)]
     seen += [dataset.digest() for dataset in others]
     assert len(set(seen)) == len(seen) == 9
@@ -467,32 +431,29 @@ def test_digest(folder):
 def test_a_split_without_val(tmp_path):
     """Splits that overlap or are empty; classes in turn, of which val gets a single one."""
     for count, expected in enumerate([[1, 1], [1, 1], [2, 1], [3, 1]], 1):
-        write(tmp_path, f"few/{count}.png")
+        write(tmp_path, {f"few/{count}.png": png(1)})
         assert sizes(tmp_path / "few") == expected
-    for i in range(60):
-        write(tmp_path, f"flat/{i}.PNG")
+    write(tmp_path, {f"flat/{i}.PNG": png(i) for i in range(60)})
     train, val = [build(tmp_path / "flat", split) for split in ("train", "val")]
     names = [{part.name(i) for i in range(len(part))} for part in (train, val)]
     assert list(map(len, names)) == [57, 3] and not names[0] & names[1]
-    pairs = [(f"{i:03d}.{end}", content) for i in range(200)
-             for end, content in (("png", png(i)), ("cls", str(i % 10).encode()))]
-    write_tar(tmp_path / "pairs.tar", pairs)
-    assert len(set(build(tmp_path / "pairs.tar", "val").labels.tolist())) > 3
+    write(tmp_path, {f"pairs.tar/{i:03d}.png": png(i) for i in range(100)})
+    write(tmp_path, {f"pairs.tar/{i:03d}.cls": str(i % 10).encode() for i in range(100)})
+    assert len(set(build(tmp_path / "pairs.tar", "val").labels.tolist())) > 2
     assert train.num_classes == 0 and train[5][1] == 0 and "is val" in train.describe()
 
-def test_label_file_that_the_message_asks_for_works(folder):
+def test_label_file_that_the_message_asks_for_works(tmp_path):
     """A remedy that does not work."""
-    as_tiny_imagenet(folder)
-    os.remove(folder / "val/val_annotations.txt")
+    lay_out(tmp_path, tiny_imagenet)
     with pytest.raises(UserError, match="or write .*val_labels.txt") as caught:
-        build(folder, "val")
+        build(tmp_path, "val")
     place = str(caught.value).split("or write ")[1].split(" with lines")[0]
-    lines = b"val_n01.png 0\nval_n02.png n02\n"
-    write(folder, place, lines)
-    with pytest.raises(UserError, match="no line for images/val_n10.png"):
-        build(folder, "val")
-    write(folder, place, lines + b"val_n10.png 2\n")
-    assert build(folder, "val").labels.tolist() == [0, 1, 2]
+    lines = b"9.jpg 0\n10.jpg n02\n"
+    write(tmp_path, {place: lines})
+    with pytest.raises(UserError, match="no line for images/11.jpg"):
+        build(tmp_path, "val")
+    write(tmp_path, {place: lines + b"11.jpg 2\n"})
+    assert sorted(build(tmp_path, "val").labels.tolist()) == [0, 1, 2]
 
 @pytest.mark.parametrize("spec, message", [
     ("missing", "no folder and no .tar"), ("*.jpg", "no .tar"), ("empty", "holds no images"),
@@ -501,27 +462,26 @@ def test_label_file_that_the_message_asks_for_works(folder):
     ("packed.tar.gz", "no .tar file")])
 def test_mistakes_in_the_data_are_user_errors(tmp_path, spec, message):
     """A traceback where one line could tell the user what to do."""
-    for path in ("unknown/train/cat/1.jpg", "unknown/val/dog/1.jpg", "badlabel/train/cat/1.jpg",
-                 "badlabel/val/1.jpg", "packed.tar.gz"):
-        write(tmp_path, path)
-    write(tmp_path, "badlabel/val/labels.txt", b"1.jpg dog\n")
+    images = ("unknown/train/cat/1.jpg", "unknown/val/dog/1.jpg", "badlabel/train/cat/1.jpg",
+              "badlabel/val/1.jpg", "packed.tar.gz", "w-0.tar/1.png", "half.tar/1.png",
+              "half.tar/2.png")
+    write(tmp_path, {path: png(1) for path in images})
+    write(tmp_path, {"badlabel/val/labels.txt": b"1.jpg dog\n", "empty.tar/readme.txt": b"",
+                     "half.tar/1.cls": b"0"})
     (tmp_path / "empty").mkdir()
-    write_tar(tmp_path / "empty.tar", [("readme.txt", b"")])
-    write_tar(tmp_path / "w-0.tar", [("1.png", png(1))])
-    write_tar(tmp_path / "half.tar", [("1.png", png(1)), ("1.cls", b"0"), ("2.png", png(2))])
     with pytest.raises(UserError, match=message):
         build(tmp_path / spec, "val")
 
 def test_pack_names_what_it_leaves_out(folder, capsys, monkeypatch):
     """A pack lost to one picture; a partial folder."""
-    write(folder, "train/n02/n02_3.JPEG", b"broken")
-    write(folder, "train/n02/n02_2.JPEG", encoded(Image.new("1", (1, 70_000))))
+    write(folder, {"train/n02/3.jpg": b"broken",
+                   "train/n02/2.jpg": encoded(Image.new("1", (1, 70_000)))})
     data.pack(str(folder), str(folder / "packed"), 16, workers=1)
     said = capsys.readouterr().out
-    assert "left out 2" in said and "n02_3.JPEG (not an image" in said and "as JPEG" in said
+    assert "left out 2" in said and "3.jpg (not an image" in said and "as JPEG" in said
     packed = build(f"{folder}/packed/*.tar")
     assert len(packed) == 7
-    assert packed.raw(0) == (folder / "train/n01/n01_0.JPEG").read_bytes()
+    assert packed.raw(0) == (folder / "train/n01/4.jpg").read_bytes()
     with pytest.raises(UserError, match="exists already"):
         data.pack(str(folder), str(folder / "packed"), 16)
     monkeypatch.setattr(data, "add_to_tar", Mock(side_effect=OSError(28, "No space left")))
@@ -531,16 +491,15 @@ def test_pack_names_what_it_leaves_out(folder, capsys, monkeypatch):
 
 def test_pack_keeps_class_ids_and_shrinks(tmp_path, capsys):
     """Ids 2 and 10 renumbered; Latin-1 class names that end the pack."""
-    members = [(f"{i}.png", encoded(picture(i, (90, 60)))) for i in range(40)]
-    members += [(f"{i}.cls", str(2 + 8 * (i % 2)).encode()) for i in range(40)]
-    write_tar(tmp_path / "ids.tar", members)
+    write(tmp_path, {f"ids.tar/{i}.png": encoded(picture(i, (90, 60))) for i in range(40)})
+    write(tmp_path, {f"ids.tar/{i}.cls": str(2 + 8 * (i % 2)).encode() for i in range(40)})
     data.pack(str(tmp_path / "ids.tar"), str(tmp_path / "packed"), 32)
     for spec in ("ids.tar", "packed"):
         dataset = build(tmp_path / spec)
         assert dataset.num_classes == 11 and set(dataset.labels) == {2, 10}
     assert dataset.load(0).size == (72, 48)
-    for name in (b"caf\xe9", "犬".encode()):
-        write(tmp_path, os.fsdecode(b"latin/" + name + b"/1.png"))
+    for name in (os.fsdecode(b"caf\xe9"), "犬"):
+        write(tmp_path, {f"latin/{name}/1.png": png(1)})
     data.pack(str(tmp_path / "latin"), str(tmp_path / "latin_packed"), 8)
     names = build(tmp_path / "latin").class_names
     assert build(tmp_path / "latin_packed").class_names == names and len(names) == 2
@@ -627,8 +586,7 @@ def test_a_small_shared_memory_names_the_remedy(folder, monkeypatch, error):
 
 def test_command_line(tmp_path):
     """Names that a terminal cannot show, `| head`, no stdout, `~`."""
-    write(tmp_path, "犬/1.png")
-    write(tmp_path, "犬/2.png")
+    write(tmp_path, {"犬/1.png": png(1), "犬/2.png": png(2)})
     start = f"{sys.executable} {ROOT}/data.py --data ~ --out ~/o --size 8"
     env = dict(os.environ, PYTHONIOENCODING="cp1252", HOME=str(tmp_path))
     for shell in (start, f"{start} | head -1", f"{start} 2>&- >&-"):

@@ -1,7 +1,6 @@
 """Runs end well: kills, signals, full disks, NaNs, errors, wrong flags. A docstring names the bug
 that its test catches. tests/kills.py is the long version of the first test."""
 
-import ast
 import math
 import os
 import random
@@ -15,8 +14,8 @@ import time
 import pytest
 import torch
 from conftest import ENV, fails
-from kills import (MERGEAR, RECOVERY, ROOT, TOKENIZER, alive, command, difference, finish, read,
-                   start, torment, write_images)
+from kills import (MERGEAR, RECOVERY, ROOT, TOKENIZER, command, difference, read, start, torment,
+                   write_images)
 
 import data
 import eval as evaluation
@@ -195,16 +194,16 @@ def test_an_error_ends_all_processes(place, world):
 def test_one_run_per_folder(place, capsys):
     """A second run that deletes the log of the first; a folder that a dead run blocks for ever."""
     argv = flags(place, "tokenizer", "shared", max_steps=1, overwrite=True)
-    pid = start(tokenizer.main, [*argv, "--max-steps", "100000"])
+    process = start(tokenizer.main, [*argv, "--max-steps", "100000"])
     try:
         while not os.path.exists(place / "shared/metrics.jsonl"):
-            assert alive(pid)
+            assert process.is_alive()
             time.sleep(0.01)
         assert "another process" in fails(tokenizer.main, argv, capsys)
-        assert alive(pid)
+        assert process.is_alive()
     finally:
-        os.kill(pid, signal.SIGKILL)
-        finish(pid)
+        process.kill()
+        process.join()
     (place / "shared/ckpt.pt").unlink(missing_ok=True)
     again = flags(place, "tokenizer", "shared", max_steps=1)
     assert "holds a run" in fails(tokenizer.main, again, capsys)
@@ -304,20 +303,3 @@ def test_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         ALL[script].main([*command, "--help"])
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
-
-def test_imports_go_one_way():
-    """A circle, an import inside a function, a sixth run-time package."""
-    below = dict(data=[], tokenizer=["data"], mergear=["data", "tokenizer"])
-    for name in ("recovery", "generate", "eval"):
-        below[name] = ["data", "tokenizer", "mergear"]
-    packages = {"torch", "numpy", "PIL", "tqdm", "scipy", *sys.stdlib_module_names}
-    for name, allowed in below.items():
-        with open(f"{ROOT}/{name}.py") as file:
-            tree = ast.parse(file.read())
-        found = set()
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                found.add(node.module.split(".")[0])
-        assert found <= packages | set(allowed), f"{name}: {found - packages - set(allowed)}"
