@@ -194,11 +194,14 @@ def test_eight_bits_round_trip():
     images = random_images(2)
     assert (data.from_uint8(data.to_uint8(images)) - images).abs().max() <= 1 / 255 + 1e-6
 
-@pytest.mark.parametrize("mode, value", [("I", 100), ("I", 10 ** 6), ("F", 0.2)])
+@pytest.mark.parametrize("mode, value", [("I", 100), ("I", 10 ** 6), ("I", -1), ("F", 0.2)])
 def test_an_unknown_white_is_refused(mode, value):
     """A guess at which value is white: images that come out black or white."""
+    image = plain(mode, value)
+    if value < 0:
+        image = Image.fromarray(np.array([[value, 300]], dtype=np.int32))
     with pytest.raises(data.Unreadable, match="convert it to 8 bits"):
-        load_image(encoded(plain(mode, value), "TIFF"))
+        load_image(encoded(image, "TIFF"))
 
 def test_exif_orientation_survives_draft_decoding():
     """Photos of phones trained on sideways."""
@@ -405,10 +408,11 @@ def test_tars_are_read_to_the_end(tmp_path):
     with pytest.raises(UserError, match="a second archive"):
         build(tmp_path / "two.tar")
     members = {"/d/a/1.png": png(1), "/d/b/2.png": "/d/a/1.png", "/d/b/3.png": "d/gone.png",
-               "/d/b/4.png": "../a/1.png", "/d/b/5.png": "d/a/1.png", "/d/c/": b""}
+               "/d/b/4.png": "../a/1.png", "/d/b/5.png": "d/a/1.png", "/d/b/6.png": "/d/b/4.png",
+               "/d/c/": b""}
     write(tmp_path, {f"x.tar/{name}": content for name, content in members.items()})
     train, val = [build(tmp_path / "x.tar", split) for split in ("train", "val")]
-    assert len(train) + len(val) == 4 and train.class_names == ["a", "b", "c"]
+    assert len(train) + len(val) == 5 and train.class_names == ["a", "b", "c"]
     assert torch.equal(train[0][0], val[0][0]) and torch.equal(train[1][0], val[0][0])
     for text in ("1 links to no image", "without images: c"):
         assert text in train.describe()
@@ -458,7 +462,7 @@ def test_label_file_that_the_message_asks_for_works(tmp_path):
 @pytest.mark.parametrize("spec, message", [
     ("missing", "no folder and no .tar"), ("*.jpg", "no .tar"), ("empty", "holds no images"),
     ("w-{0..1}.tar", "no .tar file .*w-1.tar"), ("empty.tar", "no images .*1 .txt"),
-    ("unknown", "'dog'"), ("badlabel", "line 1"), ("half.tar", "2.png .* no .cls"),
+    ("unknown", "'dog'"), ("badlabel", "line 3"), ("half.tar", "2.png .* no .cls"),
     ("packed.tar.gz", "no .tar file")])
 def test_mistakes_in_the_data_are_user_errors(tmp_path, spec, message):
     """A traceback where one line could tell the user what to do."""
@@ -466,7 +470,7 @@ def test_mistakes_in_the_data_are_user_errors(tmp_path, spec, message):
               "badlabel/val/1.jpg", "packed.tar.gz", "w-0.tar/1.png", "half.tar/1.png",
               "half.tar/2.png")
     write(tmp_path, {path: png(1) for path in images})
-    write(tmp_path, {"badlabel/val/labels.txt": b"1.jpg dog\n", "empty.tar/readme.txt": b"",
+    write(tmp_path, {"badlabel/val/labels.txt": b"\n\n1.jpg dog\n", "empty.tar/readme.txt": b"",
                      "half.tar/1.cls": b"0"})
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=message):
@@ -503,6 +507,22 @@ def test_pack_keeps_class_ids_and_shrinks(tmp_path, capsys):
     data.pack(str(tmp_path / "latin"), str(tmp_path / "latin_packed"), 8)
     names = build(tmp_path / "latin").class_names
     assert build(tmp_path / "latin_packed").class_names == names and len(names) == 2
+    # a class that is called as a split is
+    write(tmp_path, {f"coco/{split}/{name}/{i}.png": png(i) for split in ("train", "val")
+                     for name in ("bus", "train") for i in range(3)})
+    data.pack(str(tmp_path / "coco"), str(tmp_path / "coco_packed"), 8)
+    assert sizes(tmp_path / "coco_packed") == sizes(tmp_path / "coco") == [6, 6]
+
+@pytest.mark.parametrize("labels, names", [
+    (['{"label": null}'] * 3, []), (["000", "001", "010"], ["000", "001", "010"]),
+    (["0", "2", "1"], ["0", "1", "2"])])
+def test_webdataset_labels(tmp_path, labels, names):
+    """A null that becomes a class; padded ids that are names and cannot be found as numbers."""
+    for i, label in enumerate(labels * 10):
+        kind = "json" if label[0] == "{" else "cls"
+        write(tmp_path, {f"w.tar/{i}.png": png(i), f"w.tar/{i}.{kind}": label.encode()})
+    for split in ("train", "val"):
+        assert build(tmp_path / "w.tar", split).class_names == names
 
 def test_shapes_are_deterministic_balanced_and_disjoint():
     """Val images that occur in training; an order of access that matters."""
@@ -593,4 +613,5 @@ def test_command_line(tmp_path):
         done = subprocess.run(shell, shell=True, capture_output=True, text=True, env=env)
         assert done.returncode == 0 and "Traceback" not in done.stderr
         assert shell != start or "\\u72ac 1" in done.stdout
+        assert "|" not in shell or done.stderr == ""
     assert (tmp_path / "o/preview.png").exists()
