@@ -1,6 +1,7 @@
 """Runs end well: kills, signals, full disks, NaNs, errors, wrong flags. A docstring names the bug
 that its test catches. tests/kills.py is the long version of the first test."""
 
+import ast
 import math
 import os
 import random
@@ -303,3 +304,20 @@ def test_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         ALL[script].main([*command, "--help"])
     assert stop.value.code == 0 and "usage" in capsys.readouterr().out
+
+def test_imports_go_one_way():
+    """A circle, an import inside a function, a sixth run-time package."""
+    below = dict(data=[], tokenizer=["data"], mergear=["data", "tokenizer"])
+    for name in ("recovery", "generate", "eval"):
+        below[name] = ["data", "tokenizer", "mergear"]
+    packages = {"torch", "numpy", "PIL", "tqdm", "scipy", *sys.stdlib_module_names}
+    for name, allowed in below.items():
+        with open(f"{ROOT}/{name}.py") as file:
+            tree = ast.parse(file.read())
+        found = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module.split(".")[0])
+        assert found <= packages | set(allowed), f"{name}: {found - packages - set(allowed)}"
