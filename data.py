@@ -501,7 +501,7 @@ def find_images(spec):
     if not images_of(found.entries):
         del found.left_out[".tar"]  # they are read after all
         found.shards = tars
-        found.entries = name_by_tar(read_tars(found), tars, root)
+        found.entries = name_by_tar(read_tars(found), found, root)
     if not images_of(found.entries):
         raise UserError(f"{spec} holds no images (left out: {found.omitted() or 'nothing'})")
     found.entries.sort(key=lambda entry: (entry.path.split("/"), entry.where))
@@ -509,7 +509,7 @@ def find_images(spec):
 
 def walk(root, found, prefix="", above=()):
     """Yield the paths in a folder; a folder's ends with "/". No link leads back up."""
-    top = os.path.join(root, prefix).rstrip("/")
+    top = os.path.join(root, prefix).rstrip("/") or "/"
     above = (*above, os.path.realpath(top))
     try:
         items = sorted(os.scandir(top), key=lambda item: item.name)
@@ -603,13 +603,14 @@ def label_of(name, texts):
         label = texts.get(f"{key}.cls", "").strip()
         with contextlib.suppress(ValueError, TypeError):  # JSON of another kind
             record = dict(json.loads(texts.get(f"{key}.json", "{}")))
-            value = record.get("label", record.get("cls"))
+            value = record.get("label")
+            value = record.get("cls") if value is None else value
             label = label or ("" if value is None else str(value))
         if label:
             return label
     return ""
 
-def name_by_tar(entries, tars, root):
+def name_by_tar(entries, found, root):
     """Paths as if all tars were unpacked below `root`: the names of tars tell split and class."""
     # imagenet/train/cat/1.jpg: an archive of one folder stands for that folder
     while images := images_of(entries):
@@ -618,16 +619,19 @@ def name_by_tar(entries, tars, root):
         if depth < 2 or len(tops) > 1 or tops & set(SPLIT_WORDS):
             break
         entries = below(entries, *tops)
-    if not images or divide(entries)[0] is not entries:
-        return entries  # the tars hold folders of splits: their names need tell nothing
-    names = [os.path.relpath(tar, root or ".")[:-len(".tar")] for tar in tars]
+    # where the tars hold folders of splits, their names tell nothing. The folders of a pack are
+    # classes, even those called train and val
+    classes = {name.lower() for name in found.class_list}
+    if not images or divide(entries)[0] is not entries and not tops <= classes:
+        return entries
+    names = [os.path.relpath(tar, root or ".")[:-len(".tar")] for tar in found.shards]
     splits, classes = zip(*map(read_tar_name, names))
     # next to val.tar a tar without a word holds the training images
     if any(splits) and not set(splits) & set(TRAIN_WORDS):
         splits = [word or "train" for word in splits]
     # a tar's name is a class where nothing inside tells one
     if tops != {""} or len(set(classes)) == 1 or images[0].label:
-        classes = [""] * len(tars)
+        classes = [""] * len(names)
     folders = [os.path.join(*parts, "") for parts in zip(splits, classes)]
     return [entry._replace(path=folders[entry.where[0]] + entry.path) for entry in entries]
 
@@ -1263,10 +1267,12 @@ def load_parts(path, state, **parts):
             part.load_state_dict(state[name])
         except (RuntimeError, ValueError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"{name} of {path} does not fit ({reason}): pass the flags of that run")
+            raise UserError(f"{name} of {path} does not fit ({reason}): pass the flags of that "
+                            "run, or train it again")
 
 def save_run(config, kind, step, skipped, parts, **more):
-    """Write OUT/ckpt.pt. No random state is in it: all randomness is a function of the step."""
+    """Write OUT/ckpt.pt. No random state is in it: all randomness is a function of seed, step and
+    rank."""
     states = {name: part.state_dict() for name, part in parts.items()}
     save_checkpoint(f"{config.out}/ckpt.pt", kind, config=dataclasses.asdict(config), step=step,
                     skipped=int(skipped), **states, **more)

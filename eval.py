@@ -67,7 +67,8 @@ def check_finite(name, values):
     values = torch.as_tensor(values).double()
     bad = int((~values.isfinite()).sum())
     if bad:
-        raise UserError(f"{name}: {bad} of {values.numel()} are not finite: a damaged file")
+        raise UserError(f"{name}: {bad} of {values.numel()} are not finite: a damaged file, or a "
+                        "run that diverged")
     return values
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -341,8 +342,8 @@ def open_features(args, size, run):
     missing = args.classifier == CLASSIFIER and not os.path.exists(CLASSIFIER)
     if args.features == "classifier" and missing:
         print(f"no Frechet distance, as there is no {CLASSIFIER}: python eval.py train-classifier")
-    elif args.features != "none":
-        return Features(args, size, run)
+        return None
+    return None if args.features == "none" else Features(args, size, run)
 
 def labelled(name, num):
     """FID of 10,000 images -> "FID-10k". Only the customary 50,000 have the bare name."""
@@ -576,8 +577,9 @@ class Pixels(ImageDataset):
 
     def __init__(self, file):
         self.array = file["arr_0"]
-        right = self.array.dtype == np.uint8 and self.array.shape[3:] == (3,)
-        assert right, "arr_0 must be (N,H,W,3) uint8"
+        shape = self.array.shape
+        right = self.array.dtype == np.uint8 and shape[3:] == (3,) and shape[0] > 0
+        assert right, f"arr_0 must be (N,H,W,3) uint8, not {shape} {self.array.dtype}"
         labels = file.get("arr_1", np.full(len(self.array), -1))
         super().__init__(labels, (), self.array.shape[1], train=False, seed=0)
 
@@ -657,6 +659,7 @@ def gen(args):
     opened = open_samples if args.samples else open_generator
     asked, size, streams, record = opened(args, run)
     features = Features(args, size, run)
+    # Inception's classes have no names here: any id will do
     names = features.judge.get("class_names", range(10 ** 9))
     if asked.max() >= len(names):
         raise UserError(f"--classifier {args.classifier} has no class {int(asked.max())}: train "
@@ -1040,8 +1043,10 @@ def sweep(args):
         row["probe_top1"] = found[keep]["val_top1"]
         row["encoder_gmacs"] = multiply_adds(model.encoder, config.size, keep) / 1e9
     write_results(args, run, rows, [train_set, dataset], **record)
-    if run.main:  # all columns but keep and source
-        plot_rows(rows, f"{args.out}/sweep.png", list(rows[0])[2:], x="keep")
+    if run.main:
+        names = ("psnr", "rfd", "rFID", "probe_top1", "encoder_gmacs")
+        columns = [name for name in rows[0] if name.startswith(names)]
+        plot_rows(rows, f"{args.out}/sweep.png", columns, x="keep")
 
 # -----------------------------------------------------------------------------
 # speed: decoding in the three modes, as ratios. Times alone say little about another machine

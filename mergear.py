@@ -455,10 +455,9 @@ class CompactCache(DenseCache):
 
     def begin(self, t, codes=None):
         """Find a place for sequence row t (1,), which is fed codes (R,), or None: the prefix."""
-        if codes is None:  # -1 is an empty row, codes are 0 or more: equals nothing, stays for ever
+        if codes is None:  # no code, which is 0 or more, and no empty row, which is -1: it stays
             codes = (-2 - t).expand_as(self.count)
-        # a code that only the ring holds will be forgotten, so it does not count
-        known = (self.code[:, self.ring:] == codes[:, None]).any(1)  # (R,)
+        known = (self.code == codes[:, None]).any(1)  # (R,)
         first = ~known & (self.count < self.rows - self.ring)
         # a first goes behind the last permanent row, a repeat into its slot of the ring
         row = torch.where(first, self.ring + self.count, t % self.ring)[:, None]
@@ -815,10 +814,10 @@ def main(argv=None):
         num_classes=train_set.num_classes, class_names=tuple(train_set.class_names))
     run = start_run(config)
     micro = micro_batch(config, run)
-    # the shapes of the weights do not tell these
+    # neither the shapes of the weights nor the code cache's file tell these
     state = open_out(config, run, "generator", ("mode", "heads", "window", "views", "seed"))
     tokenizer.to(run.device)
-    sample_k = config.mode != "raster"  # which is not told K, so it learns one
+    sample_k = config.mode != "raster"  # it is not told K, so it learns the codes of one K
     codes = open_codes(train_set, tokenizer, config, run, config.views, sample_k)
     val_codes = []  # codes, source, class of up to 1,000 images
     for images, labels in val_batches(val_set, 1000, min(64, micro), run, loader_workers(config)):

@@ -133,7 +133,7 @@ def main(argv=None):
             metrics.scores(step, dict(val_accuracy=accuracy, val_psnr=quality))
         if run.main and (last or stopping or step % config.save_every == 0):
             made = dict(config=dataclasses.asdict(t), ema=tokenizer.state_dict())
-            generator = dataclasses.replace(g, out=config.out)
+            generator = dataclasses.replace(g, out=config.out)  # save_run writes to its out
             save_run(generator, "generator", step, skipped, parts, tokenizer=made)
         if last or stopping:
             break

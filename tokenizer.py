@@ -156,7 +156,7 @@ def merge_schedule(full, keep, depth):
     weights = [(depth - i) ** 2 for i in range(depth)]
     schedule, merged = [], 0
     for i in range(depth):
-        # how many should have merged so far: sums that are rounded end exactly at full - keep
+        # the running sum is rounded, not each r: so it ends at full - keep
         aim = round((full - keep) * sum(weights[:i + 1]) / sum(weights))
         r = min(aim - merged, (full - merged) // 2)
         schedule.append(r)
@@ -305,7 +305,7 @@ def run_block(block, grad_ckpt, *inputs):
 
 def norm_silu(x, norm):
     """SiLU of an nn.GroupNorm: (B,C,H,W) -> (B,C,H,W)."""
-    kernel = fused_norm(x)
+    kernel = fused_norm(x)  # appendix 1: None but in training on a GPU
     if kernel is None:
         return F.silu(norm(x))
     return kernel(x, norm.num_groups, norm.weight[None], norm.bias[None], silu=True)
@@ -991,8 +991,8 @@ def main(argv=None):
             with run.autocast():
                 out = model(images, keep, view)
             sample_entropy, codebook_entropy = lfq_entropy(out.z)
-            # a new loss needs a line here and a field w_NAME. CURVES plots it. What it looks at
-            # and `out` lacks goes into Forward
+            # a new loss needs a line here, a field w_NAME and its name in CURVES. What it needs of
+            # the model goes into Forward
             losses = dict(
                 rec=F.mse_loss(out.images, images),
                 perceptual=perceptual(out.images, images).mean(),

@@ -51,7 +51,6 @@ def save_generator(path, tokenizer, **changes):
     """A checkpoint as mergear.py writes it, for the tokenizer of another checkpoint."""
     made, gpt = torch.load(tokenizer), small_gpt(**changes)
     save_checkpoint(path, "generator", step=0, config=vars(gpt.config), ema=gpt.state_dict(),
-                    class_names=list(gpt.config.class_names),
                     tokenizer=dict(config=made["config"], ema=made["ema"]))
 
 def two_ranks(script, argv):

@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+import traceback
 
 import torch
 from PIL import Image
@@ -64,7 +65,11 @@ def start(function, *args, log=os.devnull):
         torch.set_num_threads(1)
         with open(log, "a", buffering=1) as file, contextlib.redirect_stdout(file):
             with contextlib.redirect_stderr(file):
-                function(*args)
+                try:
+                    function(*args)
+                except Exception:
+                    traceback.print_exc()
+                    sys.exit(1)
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()

@@ -16,8 +16,8 @@ from kills import ROOT, difference, read
 from PIL import Image
 
 import eval as evaluation  # the script has the name of a builtin
-from data import (Run, UserError, build_dataset, save_checkpoint, seeded, subset, to_uint8,
-                  weights_hash)
+from data import (Run, UserError, build_dataset, save_checkpoint, seeded, set_learning_rate, subset,
+                  to_uint8, weights_hash)
 from eval import (Classifier, FinetuneConfig, FineTuned, Moments, eight_bit, fit_to_convergence,
                   frechet_distance, inception_score, labelled, layer_groups, linear_probe,
                   load_classifier, merge_map, mix, multiply_adds, precision_recall,
@@ -412,6 +412,10 @@ def test_every_layer_has_its_learning_rate(checkpoint):
                model.head.weight]
     scales = [group_of[id(weight)]["scale"] for weight in weights]
     assert scales == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    optimizer = torch.optim.AdamW(groups)
+    set_learning_rate(5, FinetuneConfig(lr=0.1, warmup=10), optimizer)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == pytest.approx([0.06 * group["scale"] for group in groups])
     assert group_of[id(model.head.weight)]["weight_decay"] == 0.1
     assert group_of[id(model.head.bias)]["weight_decay"] == 0
 

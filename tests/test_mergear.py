@@ -17,7 +17,7 @@ import mergear
 from data import View, build_dataset, seeded
 from mergear import (GPT, MODELS, MODES, GPTConfig, code_losses, draw, draw_orders, guide,
                      join_codes, load_generator, mergear_mask, position_losses, rope_table,
-                     sample_codes, sequence, split_codes)
+                     rotate, sample_codes, sequence, split_codes)
 
 def full_logits(gpt, codes, labels, keep=None):
     """forward() with the mask that a cache of `keep` first positions stands for."""
@@ -175,6 +175,27 @@ def test_compact_cache_is_small(window):
     """A cache that grows with L."""
     gpt = small_gpt(mode="mergear", window=window, length=64)
     assert gpt.new_cache(6, 4).keys[0].shape[1] == 2 + 4 + min(window + 1, 64)
+
+def test_compact_cache_is_seen_as_far_as_it_can_be_in_use():
+    """A part that never grows, or that ends before the last first position."""
+    cache = small_gpt(mode="mergear", window=4, length=144, keeps=(100,)).new_cache(1, 100)
+    assert cache.limit(1) == 64 - cache.ring and cache.visible == 64
+    assert cache.limit(60) == cache.forever and cache.visible == cache.rows == 107
+
+def test_queries_and_keys_turn():
+    """A rotation that only one of them gets, or the values too: in training as in decoding."""
+    gpt, seen = small_gpt(mode="raster"), []
+    x, rope = torch.randn(1, 5, gpt.config.width), rope_table(gpt.config, "cpu")[:, :5]
+
+    def attend(*qkv):
+        seen.append(qkv)
+        return qkv[2]
+
+    for turn in (None, rope):
+        gpt.blocks[0](x, attend, turn)
+    (q, k, v), turned = seen
+    for a, b in zip(turned, (rotate(q, *rope), rotate(k, *rope), v)):
+        torch.testing.assert_close(a, b)
 
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (1, 1, 2), (1, 3), (1, 2, 1)])
 def test_parallel_steps_equal_the_full_forward(counts, monkeypatch):

@@ -8,13 +8,14 @@ weights. Skipped where these are not installed. None of them is needed to run an
 import dataclasses
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_images as images
 
 import tokenizer
-from eval import FIDInception, load_inception
+from eval import FIDInception, frechet_distance, load_inception
 from test_weights import dino_shapes, random_tensors
 from tokenizer import load_dinov2, load_lpips
 
@@ -102,3 +103,12 @@ def test_dinov2(tmp_path, monkeypatch, side):
     expected = theirs(((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
     ours = load_dinov2(tmp_path / "dinov2.pth")
     assert_equal(ours(x, small.length)[2], expected.last_hidden_state[:, 0])
+
+@pytest.mark.parametrize("num", (1000, 40))
+def test_frechet(num):
+    """A distance that is not pytorch-fid's, also where the covariances are singular (40 < 64)."""
+    package, rng = pytest.importorskip("pytorch_fid.fid_score"), np.random.default_rng(0)
+    a, b = (rng.standard_normal((num, 64)) @ rng.standard_normal((64, 64)) for _ in range(2))
+    statistics = [m for x in (a, b + 0.1) for m in (x.mean(0), np.cov(x, rowvar=False))]
+    theirs = package.calculate_frechet_distance(*statistics)
+    assert frechet_distance(*statistics) == pytest.approx(theirs, rel=1e-6)

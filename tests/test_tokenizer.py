@@ -522,3 +522,4 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     for a, b in zip(*moments, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(four["disc"]["lecam"], one["disc"]["lecam"])
+    assert difference(one["ema"], one["model"])  # what later stages load is the average
