@@ -1005,7 +1005,7 @@ class RunConfig:
     weight_decay: float = arg(0.0, help="AdamW weight decay of matrices", low=0)
     clip: float = arg(1.0, help="the gradient norm is clipped to this", low=1e-9)
     ema: float = arg(0.999, help="decay of the weight average that later stages use", low=0, high=1)
-    workers: int = arg(-1, help="loader processes; -1: none for shapes, else 8", low=-1, high=256)
+    workers: int = arg(-1, help="loader processes; -1: up to 8, none for shapes", low=-1, high=256)
     log_every: int = arg(10, help="steps between logs; Ctrl-C and SIGTERM are seen then", low=1)
     eval_every: int = arg(1000, help="steps between evaluations with pictures", low=1)
     save_every: int = arg(1000, help="steps between checkpoints", low=1)

@@ -178,7 +178,7 @@ def match_tokens(metric, r):
     B, N, _ = metric.shape
     most = (N - 1) // 2  # even tokens besides token 0
     assert 0 <= r <= most, f"r = {r} of {N} tokens: at most {most} can merge"
-    # Many scores are nearly equal. In bfloat16 half of the best ones would tie
+    # Many scores are nearly equal. In bfloat16 many of the best ones would tie
     with torch.autocast(metric.device.type, enabled=False):
         metric = F.normalize(metric.float(), dim=-1)
         similarity = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)        # (B,even,odd)
@@ -1053,8 +1053,8 @@ def main(argv=None):
             f"done: {config.out}/ckpt.pt, recon_{step:07d}.png; next: python mergear.py")
 
 # -----------------------------------------------------------------------------
-# Appendix 1: GroupNorm and SiLU as one kernel, for training on a GPU. The same result, in half of
-# the memory traffic.
+# Appendix 1: GroupNorm and SiLU as one kernel, for training on a GPU. The same result, and fewer
+# bytes are moved.
 
 def norm_groups(x, groups, scale, shift, silu):
     """GroupNorm of x (B,C,H,W), times scale (1 or B,C), plus shift, then SiLU if wanted.
