@@ -14,8 +14,8 @@
     torchrun --nproc_per_node=8 -- eval.py recon --features inception
 
 --ckpt takes a tokenizer's checkpoint or a generator's, which holds its tokenizer. Each command
-writes a JSON file to --out. All metrics are float64 sums over images: they do not depend on the
-batch size or the number of processes.
+but maps writes a JSON file to --out. Metrics are summed in float64 over all images: of batch size
+and processes they know no more than the rounding of a network.
 
 The Frechet distance compares what a fixed network sees in two sets of images. With Inception it
 is called FID, and compares with published numbers. With the network of train-classifier it is
@@ -74,13 +74,14 @@ def check_finite(name, values):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance of two Gaussians, the F of FID (1706.08500), of mu (D,) and sigma (D,D):
     |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)). Raises UserError."""
-    sides = [check_finite("mu or sigma", x).cpu() for x in (mu1, sigma1, mu2, sigma2)]
-    mu1, sigma1, mu2, sigma2 = (side.numpy() for side in sides)
+    mu1, sigma1, mu2, sigma2 = (check_finite("mu or sigma", x).cpu().numpy()
+                                for x in (mu1, sigma1, mu2, sigma2))
     if mu1.shape != mu2.shape:
         raise UserError("the two sides of the Frechet distance are not of the same network")
-    # The trace of the root is the sum of the roots of the eigenvalues of sigma1 sigma2. With
-    # sigma1 = A A^T they are those of A^T sigma2 A: real and not negative. No root of a singular
-    # matrix is taken, so there may be fewer images than features.
+    # The trace of the root is the sum of the square roots of the eigenvalues of sigma1 sigma2.
+    # Write sigma1 = A A^T. As X Y and Y X have the same eigenvalues but for zeros, sigma1 sigma2
+    # has those of A^T sigma2 A, which is symmetric: they are real and not negative. No root of a
+    # singular matrix is taken, so there may be fewer images than features.
     values, vectors = np.linalg.eigh(sigma1)
     kept = values > values.max() * len(values) * np.finfo(np.float64).eps  # not mere rounding
     A = vectors[:, kept] * np.sqrt(values[kept])  # (D,rank)
@@ -117,7 +118,7 @@ def inception_score(probs, splits=10, seed=0):
     p = check_finite("probs", probs).cpu()
     # A part of few classes scores too low, and files are often sorted by class: shuffle. Sorting
     # by value before makes the score independent of the order of the file.
-    p = p[np.lexsort(p.numpy().T[::-1])]
+    p = p[np.lexsort(p.numpy().T[::-1])]  # lexsort's main key is the last
     p = p[torch.randperm(len(p), generator=seeded(seed))]
     scores = []
     for part in p.tensor_split(splits):
@@ -126,9 +127,9 @@ def inception_score(probs, splits=10, seed=0):
         scores.append(math.exp(divergence.sum(1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
-def covered(x, centres, k, chunk):
-    """Share of the rows of x (M,D) in a ball around at least one of centres (N,D), whose radius
-    reaches the k-th nearest other centre."""
+def share_in_manifold(x, centres, k, chunk):
+    """Share of the rows of x (M,D) in the manifold of centres (N,D): the union of balls, one
+    around each centre, that just reach its k-th nearest other centre (Eq. 1 of 1904.06991)."""
     # each row is its own nearest neighbour, so one more is asked for
     nearest = [torch.cdist(part, centres).topk(k + 1, largest=False).values
                for part in centres.split(chunk)]
@@ -139,15 +140,18 @@ def covered(x, centres, k, chunk):
 def precision_recall(real, fake, k=3, chunk=1000):
     """Improved precision and recall (1904.06991): features real (N,D), fake (M,D) -> two floats.
     Precision: the share of fakes inside a ball around a real image. Recall: the same with the
-    roles exchanged. Both grow with the number of balls: compare at equal N and M."""
+    roles exchanged. Both grow with the number of balls: compare at equal N and M. The features
+    are Inception's, as in ADM (2105.05233), or the classifier's; that paper's are of a VGG."""
     real, fake = check_finite("real features", real), check_finite("fake features", fake)
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall need at least {k + 1} images of each kind")
-    return covered(fake, real, k, chunk), covered(real, fake, k, chunk)
+    precision = share_in_manifold(fake, real, k, chunk)
+    return precision, share_in_manifold(real, fake, k, chunk)
 
 def ssim(a, b):
     """Structural similarity of each image: (B,3,H,W) in [-1,1] twice -> (B,) float64. As in Wang
-    et al. 2004: the mean over all Gaussian windows of 11 x 11, sigma 1.5, inside the image."""
+    et al. 2004: the mean over all Gaussian windows of 11 x 11, sigma 1.5, inside the image; and
+    over the three colours, where they have one grey."""
     if min(a.shape[-2:]) < 11:
         raise UserError("SSIM needs images of 11 px per side or more")
     a, b = (x.cpu().double().clamp(-1, 1).numpy() for x in (a, b))
@@ -156,10 +160,10 @@ def ssim(a, b):
     mean_a, mean_b, aa, bb, ab = blurred[..., 5:-5, 5:-5]
     var_a, var_b, cov = aa - mean_a ** 2, bb - mean_b ** 2, ab - mean_a * mean_b
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # K1, K2, and values that span 2
-    # equal means and equal patterns give 1 each
+    # their Eq. 13: luminance times contrast and structure, 1 each for equal means and patterns
     luminance = (2 * mean_a * mean_b + c1) / (mean_a ** 2 + mean_b ** 2 + c1)
-    contrast = (2 * cov + c2) / (var_a + var_b + c2)
-    return torch.from_numpy((luminance * contrast).mean((1, 2, 3)))
+    contrast_structure = (2 * cov + c2) / (var_a + var_b + c2)
+    return torch.from_numpy((luminance * contrast_structure).mean((1, 2, 3)))
 
 def source_accuracy(predicted, source):
     """Share of positions given to the right token: (B,L) int64 twice -> (B,) float64."""
@@ -186,9 +190,10 @@ AVERAGE = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
 
 class Mixed(nn.Module):
     """Branches side by side, joined along the channels: (B,c,h,w) -> (B,*,h',w'). branches:
-    {name: [(width, kernel), ...]}, one convolution after the other. Two kernels are a fork: both
-    read the same input. branch_pool reads the pooled input. With reduce each branch ends with
-    stride 2, and one more branch is the maximum of the input."""
+    {name: [(width, kernel), ...]}, one convolution after the other. The last may be a fork
+    (width, kernel, kernel): two convolutions, a and b, that read the same input. branch_pool reads
+    the pooled input. With reduce each branch ends with stride 2, and one more branch is the
+    maximum of the input."""
 
     def __init__(self, c, branches, reduce=False, pool=AVERAGE):
         super().__init__()
@@ -209,7 +214,7 @@ class Mixed(nn.Module):
         joined = []
         for branch, steps in self.branches.items():
             outputs = [self.pool(x) if branch == "branch_pool" else x]
-            for names in steps:  # a fork comes last
+            for names in steps:  # two names only in the last step: one input is enough
                 outputs = [self.get_submodule(name)(outputs[0]) for name in names]
             joined += outputs
         if self.reduce:
@@ -256,6 +261,7 @@ class FIDInception(nn.Module):
         self.Mixed_6e = Mixed(768, mixed_c(192))
         self.Mixed_7a = Mixed(768, MIXED_D, reduce=True)
         self.Mixed_7b = Mixed(1280, MIXED_E)
+        # here the network of 2015 takes the maximum
         self.Mixed_7c = Mixed(2048, MIXED_E, pool=nn.MaxPool2d(3, 1, padding=1))
         self.fc = nn.Linear(2048, 1008)
 
@@ -279,13 +285,13 @@ CLASSIFIER = "out/classifier/ckpt.pt"
 
 class Classifier(nn.Module):
     """Small residual CNN: images (B,3,size,size) -> features (B,D), logits (B,C)."""
-    depth = 0  # transformer blocks
+    depth = 0  # transformer blocks, for layer_groups
 
-    def __init__(self, size, num_classes, width=32):
+    def __init__(self, size, num_classes, width=32, stride=2):
         super().__init__()
-        layers, c = [nn.Conv2d(3, width, 3, stride=2, padding=1)], width
-        for i in range(max(2, round(math.log2(size / 4)))):  # the last stage: about 4 x 4
-            c_out = width * min(2 ** i, 4)
+        layers, c = [nn.Conv2d(3, width, 3, stride=stride, padding=1)], width
+        for i in range(max(2, round(math.log2(size / stride / 2)))):  # the last one: about 4 x 4
+            c_out = width * min(2 ** i, 8 // stride)
             layers += [nn.AvgPool2d(2)] * (i > 0) + [ResBlock(c, c_out, groups=8)]
             c = c_out
         self.features = nn.Sequential(*layers, nn.GroupNorm(8, c), nn.SiLU())
@@ -299,7 +305,8 @@ def load_classifier(path, device="cpu"):
     """Checkpoint of train-classifier -> (Classifier, frozen, in eval mode; its other entries)."""
     state = load_checkpoint(path, "classifier")
     config = state["config"]
-    model = Classifier(config["size"], len(state["class_names"]), config["width"])
+    model = Classifier(config["size"], len(state["class_names"]), config["width"],
+                       config["stride"])
     load_parts(path, state, ema=model)
     if state["step"] < config["max_steps"]:
         raise UserError(f"{path} is half trained, at step {state['step']} of "
@@ -307,18 +314,15 @@ def load_classifier(path, device="cpu"):
     return model.to(device).eval().requires_grad_(False), state
 
 class Features:
-    """--features for images of `size` px (0: any): a frozen network, and how the numbers that come
-    from it are called. judge and config: the classifier's checkpoint and its config; empty for
-    Inception. record: for the result file."""
+    """The frozen network of --features, for images of `size` px (0: any). record: for the result
+    file."""
 
     def __init__(self, args, size, run):
-        # TF32 moves the features in the third digit
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        # frechet, score: the names of its columns in the table of results
         if args.features == "inception":
             self.frechet, self.score = "FID", "IS"
             self.network = load_inception(args.inception_weights, run.device)
-            self.judge = {}
+            self.judge = {}  # the classifier's checkpoint, with its classes; here there is none
         else:
             self.frechet, self.score = "fd", "is-clf"
             self.network, self.judge = load_classifier(args.classifier, run.device)
@@ -362,13 +366,14 @@ def eight_bit(images):
 def open_tokenizer(args):
     """--ckpt, of a tokenizer or a generator -> (MergeVQ, val data set, Run)."""
     kind = ""
-    with contextlib.suppress(Exception):  # load_tokenizer says what is wrong
+    with contextlib.suppress(Exception):  # of a bad file load_tokenizer says what is wrong
         kind = torch.load(args.ckpt, mmap=True, weights_only=True)["kind"]
     model = load_generator(args.ckpt)[1] if kind == "generator" else load_tokenizer(args.ckpt)
-    config, args.tokenizer = model.config, weights_hash(model.state_dict())
+    config = model.config
+    args.tokenizer = weights_hash(model.state_dict())
     args.data = args.data or config.data
     dataset = build_dataset(args.data, "val", config.size, train=False, labels=args.labels)
-    args.num = min(args.num, len(dataset)) or len(dataset)
+    args.num = len(subset(len(dataset), args.num))
     run = start_run(args)
     return model.to(run.device), dataset, run
 
@@ -377,8 +382,12 @@ def images_of(dataset, num, args, run, title=""):
     rows = subset(len(dataset), num, args.seed)
     if len(rows) < run.world:
         raise UserError(f"{len(rows)} images for {run.world} processes: pass a larger --num")
+    # each loader process would get a copy of the whole npz
     workers = 0 if isinstance(dataset, Pixels) else loader_workers(args)
     return val_batches(dataset, rows, args.batch_size, run, workers, title)
+
+def float64_device(run):
+    return "cpu" if run.device.type == "mps" else run.device  # MPS has no float64
 
 def write_results(args, run, rows=(), datasets=(), **more):
     """Rank 0 prints `rows` as a table, and writes OUT/COMMAND.json: the rows, all flags, and what
@@ -438,6 +447,8 @@ def reconstruct(model, dataset, keeps, args, run, names=("true",)):
             for name in names:
                 with run.autocast():
                     decoded = model.decode(encoded.codes, sources[name])
+                # one column of the table each. recovery: is the predicted map right? accuracy:
+                # is the map that was decoded here?
                 measures = dict(
                     psnr=psnr(decoded, images).clamp(max=999),  # JSON has no infinity
                     ssim=ssim(decoded, images),
@@ -448,7 +459,7 @@ def reconstruct(model, dataset, keeps, args, run, names=("true",)):
                 if features:
                     seen, logits = features(eight_bit(decoded))
                     moments[keep, name].add(seen)
-                    # for a generator no more than this is possible
+                    # for samples to compare with: how often reconstructions keep their class
                     if features.judge and dataset.num_classes > 1:
                         measures["agreement"] = logits.argmax(1) == labels.cpu()
                 columns = [column.cpu().double() for column in measures.values()]
@@ -525,7 +536,7 @@ def merge_map(images, source, scale=1):
     side = math.isqrt(source.shape[1])
     cell = H // side * scale
     # a mean per position, then per token, which each of its positions takes
-    S = F.one_hot(source).to(images.dtype)  # (B,L,K), S^T
+    S = F.one_hot(source).to(images.dtype)  # (B,L,K), 1 where position l has token k
     mean = F.adaptive_avg_pool2d(images, side).flatten(2) @ S  # (B,3,K)
     mean = mean / S.sum(1, keepdim=True).clamp_min(1)
     fill = enlarge((mean @ S.transpose(1, 2)).view(B, 3, side, side), cell)
@@ -578,9 +589,10 @@ class Pixels(ImageDataset):
     def __init__(self, file):
         self.array = file["arr_0"]
         shape = self.array.shape
-        right = self.array.dtype == np.uint8 and shape[3:] == (3,) and shape[0] > 0
-        assert right, f"arr_0 must be (N,H,W,3) uint8, not {shape} {self.array.dtype}"
+        right = self.array.dtype == np.uint8 and shape[3:] == (3,) and shape[1] == shape[2]
+        assert right, f"arr_0 must be (N,H,H,3) uint8, not {shape} {self.array.dtype}"
         labels = file.get("arr_1", np.full(len(self.array), -1))
+        assert labels.shape == shape[:1] != (0,), f"{shape[0]} images, labels {labels.shape}"
         super().__init__(labels, (), self.array.shape[1], train=False, seed=0)
 
     def pixels(self, key):
@@ -599,32 +611,34 @@ def read_npz(flag, path, *needed):
 
 def open_reference(args, features, size, run):
     """What samples are compared with: --reference, made by stats or by ADM, or else the training
-    images -> mu (D,), sigma (D,D), a data set of real images or None. Raises UserError."""
+    images -> mu (D,), sigma (D,D), a data set of real images or None. Raises UserError. ADM's
+    statistics rest on TensorFlow's way of resizing: near to ours, not equal."""
     args.data = args.data or features.config.get("data", "")
     images = None
-    if args.data:
+    if args.reference:
+        file, images = read_npz("--reference", args.reference, "mu", "sigma")
+    if images is None and args.data:
         images = build_dataset(args.data, "train", size, train=False, labels=args.labels)
     if not args.reference:
         if images is None:
             raise UserError("there is nothing to compare with: pass --reference, or --data")
         return *statistics(images, features, args, run), images
-    file, pixels = read_npz("--reference", args.reference, "mu", "sigma")
     mu, sigma = (check_finite(args.reference, file[name]) for name in ("mu", "sigma"))
     ours = features.record["features_hash"]
-    # ADM's files name no network and no size: they are Inception's, and hold images
+    # ADM's files name no network: it was Inception. Their size is that of the images in them
     made_with = file.get("features_hash", "" if features.judge else ours)
-    made_size = file.get("size", pixels.size if pixels else size)
+    made_size = file.get("size", images.size if images else size)
     D = features(torch.zeros(1, 3, size, size))[0].shape[1]
     fits = mu.shape == (D,) and sigma.shape == (D, D)
     if made_with != ours or made_size != size or not fits:
         raise UserError(f"--reference {args.reference} is of another network or image size than "
                         f"{size} px: make one by `python eval.py stats`")
-    return mu, sigma, pixels or images
+    return mu, sigma, images
 
 def open_samples(args, run):
     """--samples -> (asked classes (N,), image size, {"-": batches}, record)."""
     file, samples = read_npz("--samples", args.samples, "arr_0")
-    args.ckpt, args.num = args.samples, min(args.num, len(samples)) or len(samples)
+    args.ckpt, args.num = args.samples, len(subset(len(samples), args.num))
     images, labels = torch.from_numpy(samples.array), torch.from_numpy(samples.labels)
     record = {name: str(file[name]) for name in ("tokenizer", "generator") if name in file}
     record["samples_hash"] = weights_hash(dict(images=images, labels=labels))
@@ -640,9 +654,11 @@ def open_generator(args, run):
                   generator=weights_hash(gpt.state_dict()))
     gpt.to(run.device, run.dtype)
     tokenizer.to(run.device)
-    labels, scales = torch.arange(args.num) % max(1, gpt.config.num_classes), args.cfg
-    if not gpt.config.num_classes:  # there is nothing to guide, and no label
-        labels, scales = labels - 1, [1.0]
+    classes = gpt.config.num_classes
+    if classes:  # in turn
+        labels, scales = torch.arange(args.num) % classes, args.cfg
+    else:  # there is nothing to guide, and no label
+        labels, scales = torch.full((args.num,), -1), [1.0]
     first, end = (args.num * rank // run.world for rank in (run.rank, run.rank + 1))
     starts = range(first, end, args.batch_size)  # this rank's block
 
@@ -659,7 +675,7 @@ def gen(args):
     opened = open_samples if args.samples else open_generator
     asked, size, streams, record = opened(args, run)
     features = Features(args, size, run)
-    # Inception's classes have no names here: any id will do
+    # Inception knows no names of our classes: there a class is called by its id
     names = features.judge.get("class_names", range(10 ** 9))
     if asked.max() >= len(names):
         raise UserError(f"--classifier {args.classifier} has no class {int(asked.max())}: train "
@@ -672,7 +688,7 @@ def gen(args):
         stream = images_of(real_set, args.num, args, run, "real images")
         real, *_ = collect(stream, features, run)
         record["real_images"] = len(real)
-    device = "cpu" if run.device.type == "mps" else run.device  # MPS has no float64
+    device = float64_device(run)
     results = []
     for cfg, stream in streams.items():  # the images are drawn here, batch by batch
         fake, logits, labels, shown = collect(stream, features, run)
@@ -683,8 +699,7 @@ def gen(args):
         row = {"cfg": cfg, frechet: frechet_distance(mu, sigma, fake.mean(0), fake.T.cov())}
         row[score], row[f"{score}_std"] = inception_score(probs, min(10, len(probs)), args.seed)
         if real is not None:
-            pair = precision_recall(real.to(device), fake.to(device))
-            row["precision"], row["recall"] = pair
+            row["precision"], row["recall"] = precision_recall(real.to(device), fake.to(device))
         asked_for = labels[0] >= 0  # -1: a file without labels
         titles = [str(names[c]) for c in labels[:40]] if asked_for else None
         if features.judge and asked_for:
@@ -711,13 +726,15 @@ def normaliser(x, protocol, run):
     variance, as of BatchNorm. whitened: unit covariance. Most of the variance of tokens lies in
     a few directions, and on such features an optimizer measures its own slowness."""
     moments = Moments(part.double() for part in x.split(8192))
-    mean, covariance = moments.statistics(run._replace(world=1))  # x is of all ranks
+    # x is of all ranks already: nothing is gathered
+    mean, covariance = moments.statistics(run._replace(world=1))
     if protocol == "paper":
         return mean, torch.diag(1 / (covariance.diagonal().clamp_min(0).sqrt() + 1e-5))
     values, vectors = torch.linalg.eigh(covariance)
-    # small eigenvalues are shrunk towards the mean one: directions of mere rounding stay small
-    shrunk = values.clamp_min(0) + 1e-4 * values.mean()
-    return mean, vectors / shrunk.clamp_min(1e-300).sqrt()
+    # each eigenvalue grows by a little of their mean (a ridge), so that directions of mere
+    # rounding are not blown up. Features that never change have a mean of 0
+    ridged = values.clamp_min(0) + 1e-4 * values.mean()
+    return mean, vectors / ridged.clamp_min(1e-300).sqrt()
 
 @torch.enable_grad()
 def fit_to_convergence(x, y, num_classes, l2=1e-4, max_steps=2000):
@@ -731,14 +748,19 @@ def fit_to_convergence(x, y, num_classes, l2=1e-4, max_steps=2000):
         return loss.item(), theta.grad.flatten().double().cpu().numpy()
 
     start = np.zeros(num_classes * x.shape[1])
+    # with more classes each has a smaller share of the gradient
+    options = dict(maxiter=max_steps, gtol=1e-4 / num_classes)
     found = scipy.optimize.minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B",
-                                    options=dict(maxiter=max_steps))
+                                    options=options)
+    if not found.success:
+        print(f"the probe may not have converged: {found.message}")
     return torch.from_numpy(found.x).to(x).view(num_classes, -1)
 
 @torch.enable_grad()
 def fit_as_in_the_paper(x, y, num_classes, args):
-    """The same by the paper's protocol (A.4, after MAE 2111.06377): AdamW, cosine, batches of
-    1,024. It needs many passes, and suits a data set too large for full batches."""
+    """The same by the paper's protocol (A.4): AdamW, cosine, batches of 1,024. It needs many
+    passes, and suits a data set too large for full batches. MAE (2111.06377) has LARS, warm-up and
+    random crops; here the features of centre crops are computed once."""
     theta = torch.zeros(num_classes, x.shape[1]).to(x).requires_grad_()
     batch = min(1024, len(x))
     whole = len(x) // batch * batch
@@ -756,19 +778,21 @@ def fit_as_in_the_paper(x, y, num_classes, args):
 
 def linear_probe(train, val, num_classes, args, run):
     """A linear classifier on features (N,D) with labels (N,) -> (train, val) top-1."""
-    device = "cpu" if run.device.type == "mps" else run.device  # MPS has no float64
     mean, matrix = normaliser(train[0], args.protocol, run)
-    sides = []
-    for x, y in (train, val):
+
+    def prepare(x, y):
+        """Normalised features, with a last column of ones for the bias: (N,D+1), and labels."""
         parts = [((part.double() - mean) @ matrix).float() for part in x.split(8192)]
-        x = F.pad(torch.cat(parts), (0, 1), value=1.0)  # (N,D+1)
-        sides.append((x.to(device), y.to(device)))
+        x = F.pad(torch.cat(parts), (0, 1), value=1.0)
+        return x.to(float64_device(run)), y.to(float64_device(run))
+
+    train, val = prepare(*train), prepare(*val)
     if args.protocol == "paper":
-        theta = fit_as_in_the_paper(*sides[0], num_classes, args)
+        theta = fit_as_in_the_paper(*train, num_classes, args)
     else:
-        theta = fit_to_convergence(*sides[0], num_classes)
+        theta = fit_to_convergence(*train, num_classes)
     check_finite("weights of the probe", theta.cpu())
-    return [((x @ theta.T).argmax(1) == y).double().mean().item() for x, y in sides]
+    return [((x @ theta.T).argmax(1) == y).double().mean().item() for x, y in (train, val)]
 
 def open_probe(args, model):
     """Training images of the probe, as centre crops. Raises UserError where they are too few."""
@@ -783,16 +807,17 @@ def open_probe(args, model):
 def probe_all(represent, train_set, val_set, args, run):
     """A linear probe for each key of represent(images) -> {key: (B,D)}, on --train-num and --num
     images -> {key: its row of the table}."""
-    sides = []
+    splits = []
     for dataset, num in ((train_set, args.train_num), (val_set, args.num)):
         parts = defaultdict(list)
         for images, labels in images_of(dataset, num, args, run, "encode"):
             for key, x in {**represent(images), "labels": labels.cpu()}.items():
                 check_finite("features of the probe", x)
                 parts[key].append(x)
-        sides.append({key: gather_rows(torch.cat(part), run) for key, part in parts.items()})
-    train, val = sides
-    y, val_y, results = train.pop("labels"), val.pop("labels"), {}
+        splits.append({key: gather_rows(torch.cat(part), run) for key, part in parts.items()})
+    train, val = splits
+    y, val_y = train.pop("labels"), val.pop("labels")
+    results = {}
     for key, x in train.items():
         top1 = linear_probe((x, y), (val[key], val_y), train_set.num_classes, args, run)
         results[key] = dict(dimensions=x.shape[1], train_top1=top1[0], val_top1=top1[1])
@@ -803,7 +828,8 @@ def probe(args):
     config, keeps = model.config, args.keep or (model.config.length,)
     train_set = open_probe(args, model)
     encoders = {"trained": model}
-    for n in range(args.seeds):  # the control: what the architecture gives without training
+    # the control: the network as it is before training. With the seed of a run it is that run's
+    for n in range(args.seeds):
         torch.manual_seed(args.seed + n)
         encoders[f"random {n}"] = MergeVQ(config).eval().to(run.device)
 
@@ -832,11 +858,14 @@ def probe(args):
 @dataclasses.dataclass
 class ClassifierConfig(RunConfig):
     """The defaults suit shapes. ImageNet takes --max-steps 0 --width 64."""
-    mixup, smoothing, layer_decay, beta2, num = 0.0, 0.1, 1.0, 0.99, 0  # these are no flags
+    # what fit() reads too. Without a type they are no fields, and so no flags
+    mixup, smoothing, layer_decay, beta2, num = 0.0, 0.1, 1.0, 0.99, 0
     data: str = arg("shapes")
     out: str = arg("out/classifier")
     size: int = arg(32, help="image side in pixels", low=8)
     width: int = arg(32, help="channels of the first stage; 64 suits photographs", low=8)
+    stride: int = arg(2, help="of the first convolution; small photographs: 1, and --width 24",
+                      low=1, high=2)
     batch_size: int = arg(64)
     max_steps: int = arg(600)
     epochs: int = arg(30)
@@ -848,7 +877,8 @@ class ClassifierConfig(RunConfig):
 
 @dataclasses.dataclass
 class FinetuneConfig(RunConfig):
-    """tiny suits the default tokenizer. paper: 100 epochs of batch 1,024, the rest as in MAE."""
+    """tiny suits the default tokenizer. paper: 100 epochs of batch 1,024, rates and regularisation
+    as in MAE, without CutMix, RandAugment and random erasing."""
     #                      tiny    paper
     recipe: str = arg(     "tiny", "paper", help="preset: tiny or paper")
     ckpt: str = arg("out/tokenizer/ckpt.pt", help="tokenizer whose encoder is fine-tuned")
@@ -859,7 +889,7 @@ class FinetuneConfig(RunConfig):
     layer_decay: float = arg(0.8, 0.65, help="rate of a layer / of the next", low=0, high=1)
     mixup: float = arg(    0.2,    0.8, help="Beta of mixup (1710.09412); 0: off", low=0)
     smoothing: float = arg(0.1,    0.1, help="label smoothing", low=0, high=1)
-    drop_path: float = arg(0.0,    0.1, help="chance to skip a last branch", low=0, high=0.99)
+    drop_path: float = arg(0.0,    0.1, help="to skip a branch of the last block", low=0, high=0.99)
     batch_size: int = arg( 64,     1024)
     max_steps: int = arg(  600,    0)
     epochs: int = arg(     100,    100)
@@ -927,7 +957,7 @@ def mix(images, targets, alpha, *key):
 @torch.no_grad()
 def accuracy(model, dataset, config, batch_size, run):
     """Share of config.num val images (0: all) whose label is the highest logit."""
-    rows = subset(len(dataset), config.num, config.seed)
+    rows = subset(len(dataset), config.num)
     hits = [torch.zeros(0, dtype=torch.bool)]  # a rank may have no image
     for images, labels in val_batches(dataset, rows, batch_size, run, loader_workers(config)):
         logits = check_finite("logits", model(images)[1].cpu())
@@ -937,7 +967,7 @@ def accuracy(model, dataset, config, batch_size, run):
 def train_classifier(argv):
     config = parse_config(ClassifierConfig, "A small CNN that knows the classes.", argv[1:])
     fit(config, argv, "classifier", config.size,
-        lambda classes: Classifier(config.size, classes, config.width))
+        lambda classes: Classifier(config.size, classes, config.width, config.stride))
 
 def finetune(argv):
     config = parse_config(FinetuneConfig, "A tokenizer's encoder as a classifier.", argv[1:],
@@ -957,7 +987,7 @@ def fit(config, argv, kind, size, make_model, **record):
     classes = train_set.num_classes
     if classes < 2:
         raise UserError(f"--data {config.data} has no classes to tell apart: pass class folders")
-    config.warmup = min(config.warmup, config.max_steps // 10)
+    config.warmup = min(config.warmup, config.max_steps // 10)  # for short runs
     run = start_run(config)
     micro = micro_batch(config, run)
     state = open_out(config, run, kind)
@@ -1049,7 +1079,8 @@ def sweep(args):
         plot_rows(rows, f"{args.out}/sweep.png", columns, x="keep")
 
 # -----------------------------------------------------------------------------
-# speed: decoding in the three modes, as ratios. Times alone say little about another machine
+# speed: drawing the codes of an image in the three modes, without the tokenizer's decoder and
+# source recovery. As ratios, since times alone say little about another machine
 
 def speed(args):
     run, L, K, B = start_run(args), args.length, args.keep, args.batch_size
@@ -1113,7 +1144,7 @@ FLAGS = [  # name, default, help, commands, then choices or range; numbers are 0
     ("cfg", [1.0, 1.5, 2.0, 3.0], "guidance scales", "gen", dict(high=1000)),
     ("protocol", "whitened", "whitened: L-BFGS; paper: AdamW", "probe sweep",
      dict(choices=("whitened", "paper"))),
-    ("train_num", 0, "its training images, 0: all", "probe sweep"),
+    ("train_num", 0, "training images of the probe; 0: all", "probe sweep"),
     ("seeds", 1, "random encoders to compare with", "probe", dict(high=100)),
     ("epochs", 90, "passes of --protocol paper", "probe sweep", dict(low=1)),
     ("lr", 0.1, "initial rate of --protocol paper", "probe sweep"),
@@ -1139,7 +1170,7 @@ def main(argv=None):
     parsers = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
     for command in COMMANDS:
         p = parsers.add_parser(command)
-        p.set_defaults(labels=True)
+        p.set_defaults(labels=True)  # probe and sweep need classes, and have no such flag
         for name, default, help, commands, *limits in FLAGS:
             limits = {"low": 0} | (limits[0] if limits else {})
             if command in commands.split():
@@ -1148,6 +1179,8 @@ def main(argv=None):
     args.out = args.out or f"out/{args.command}"
     os.makedirs(args.out, exist_ok=True)
     args.argv = argv
+    # convolutions in TF32 move what a network sees in the third digit
+    torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():  # nothing trains but the probe, which says so
         COMMANDS[args.command](args)
     if dist.is_initialized():

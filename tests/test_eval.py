@@ -187,7 +187,7 @@ def judge(tmp_path_factory):
     torch.manual_seed(1)
     path = str(tmp_path_factory.mktemp("judge") / "ckpt.pt")
     save_checkpoint(path, "classifier", ema=Classifier(16, 10).state_dict(), val_accuracy=0.1,
-                    step=2, config=dict(size=16, width=32, data="shapes", max_steps=2),
+                    step=2, config=dict(size=16, width=32, stride=2, data="shapes", max_steps=2),
                     class_names=list("abcdefghij"))
     return path
 
@@ -315,7 +315,8 @@ def test_gen_draws_and_judges(generator, judge, folder, tmp_path, monkeypatch):
     assert titles[0] == list("abcdefghijab")
 
 def test_gen_with_inception(folder, tmp_path, monkeypatch):
-    """Class ids without names, which a picture cannot show; FID called fd."""
+    """Class ids without names, which a picture cannot show; FID called fd. ADM's reference holds
+    its own images: no training set is looked for."""
     stub = Classifier(16, 5).eval().requires_grad_(False)
     monkeypatch.setattr(evaluation, "load_inception", lambda path, device: stub)
     images, labels = split_of(folder, "train")
@@ -324,6 +325,11 @@ def test_gen_with_inception(folder, tmp_path, monkeypatch):
     row, = run("gen", tmp_path, *flags)["results"]
     assert {"FID-36", "IS-36"} < set(row) and "agreement" not in row
     assert os.path.exists(tmp_path / "samples.png")
+    seen = stub(images)[0].numpy()
+    np.savez(tmp_path / "adm.npz", to_uint8(images), mu=seen.mean(0), sigma=np.cov(seen.T))
+    again, = run("gen", tmp_path, *flags[:2], "--data", "nowhere", *flags[4:],
+                 "--reference", tmp_path / "adm.npz")["results"]
+    assert again["precision"] == 1 and again["FID-36"] == pytest.approx(row["FID-36"], abs=1e-4)
 
 def test_classifier_learns_resumes_and_loads(folder, tmp_path):
     """A checkpoint without class names, a load in training mode, labels shifted by one."""
