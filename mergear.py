@@ -184,9 +184,22 @@ def rotate(x, cos, sin):
 
 def causal_attention(q, k, v):
     """Plain causal attention (N,h,S,D/h): some SDPA kernels refuse N = B L above 65,535."""
+    if q.shape[2] == 1:  # a token alone sees itself
+        return v
     scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5  # (N,h,S,S)
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(later, -math.inf).softmax(-1) @ v
+
+class Linear(nn.Linear):
+    """nn.Linear without bias. A decoding step has few rows. The library that multiplies for PyTorch
+    on a CPU (MKL) is faster at those with the weight on the left: (W x^T)^T."""
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, bias=False)
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x.numel() > 256 * x.shape[-1]:
+            return super().forward(x)
+        return (self.weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], -1)
 
 class Block(nn.Module):
     """Pre-norm transformer block. How it attends differs between training and KV caches."""
@@ -199,11 +212,11 @@ class Block(nn.Module):
         self.heads = config.heads
         self.dropout = nn.Dropout(config.dropout)
         self.norm1 = nn.RMSNorm(D, eps=1e-5)
-        self.qkv = nn.Linear(D, 3 * D, bias=False)
-        self.proj = nn.Linear(D, D, bias=False)
+        self.qkv = Linear(D, 3 * D)
+        self.proj = Linear(D, D)
         self.norm2 = nn.RMSNorm(D, eps=1e-5)
-        self.up = nn.Linear(D, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, D, bias=False)
+        self.up = Linear(D, 2 * hidden)
+        self.down = Linear(hidden, D)
 
     def forward(self, x, attend, rope=None):
         """x (B,T,D); attend(q, k, v), each (B,h,T,D/h), -> (B,h,T,D/h); rope: cos and sin."""
