@@ -1185,7 +1185,7 @@ def catch_signals():
 # The output folder and what is in it
 
 # counted up where an older file of that kind would be misread
-VERSIONS = dict(tokenizer=7, generator=8, classifier=6, finetuned=6)
+VERSIONS = dict(tokenizer=7, generator=8, classifier=7, finetuned=6)
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 
 def open_out(config, run, kind, fixed=()):
