@@ -1184,7 +1184,7 @@ def catch_signals():
 
 # The output folder and what is in it
 
-# counted up where an older file of that kind would be misread
+# counted up where an older file of that kind would be misread, or lacks what is read now
 VERSIONS = dict(tokenizer=7, generator=8, classifier=7, finetuned=6)
 LOCKS = []  # open files: the lock on a run's folder ends with this process, however it ends
 

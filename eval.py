@@ -14,8 +14,9 @@
     torchrun --nproc_per_node=8 -- eval.py recon --features inception
 
 --ckpt takes a tokenizer's checkpoint or a generator's, which holds its tokenizer. Each command
-but maps writes a JSON file to --out. Metrics are summed in float64 over all images: of batch size
-and processes they know no more than the rounding of a network.
+but maps writes a JSON file to --out. Metrics are summed in float64 over all images, so batch size
+and number of processes change them by rounding only. But one rounded code changes all that follow:
+gen may draw other samples at another --batch-size.
 
 The Frechet distance compares what a fixed network sees in two sets of images. With Inception it
 is called FID, and compares with published numbers. With the network of train-classifier it is
@@ -80,7 +81,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
         raise UserError("the two sides of the Frechet distance are not of the same network")
     # The trace of the root is the sum of the square roots of the eigenvalues of sigma1 sigma2.
     # Write sigma1 = A A^T. As X Y and Y X have the same eigenvalues but for zeros, sigma1 sigma2
-    # has those of A^T sigma2 A, which is symmetric: they are real and not negative. No root of a
+    # has those of A^T sigma2 A, which is positive semidefinite: real and not negative. No root of a
     # singular matrix is taken, so there may be fewer images than features.
     values, vectors = np.linalg.eigh(sigma1)
     kept = values > values.max() * len(values) * np.finfo(np.float64).eps  # not mere rounding
@@ -141,7 +142,7 @@ def precision_recall(real, fake, k=3, chunk=1000):
     """Improved precision and recall (1904.06991): features real (N,D), fake (M,D) -> two floats.
     Precision: the share of fakes inside a ball around a real image. Recall: the same with the
     roles exchanged. Both grow with the number of balls: compare at equal N and M. The features
-    are Inception's, as in ADM (2105.05233), or the classifier's; that paper's are of a VGG."""
+    are Inception's, as in ADM (2105.05233), or the classifier's. 1904.06991 has those of a VGG."""
     real, fake = check_finite("real features", real), check_finite("fake features", fake)
     if min(len(real), len(fake)) <= k:
         raise UserError(f"precision and recall need at least {k + 1} images of each kind")
@@ -150,8 +151,8 @@ def precision_recall(real, fake, k=3, chunk=1000):
 
 def ssim(a, b):
     """Structural similarity of each image: (B,3,H,W) in [-1,1] twice -> (B,) float64. As in Wang
-    et al. 2004: the mean over all Gaussian windows of 11 x 11, sigma 1.5, inside the image; and
-    over the three colours, where they have one grey."""
+    et al. 2004: the mean over all Gaussian windows of 11 x 11, sigma 1.5, inside the image. Theirs
+    is for grey images; of the three colours this is the mean."""
     if min(a.shape[-2:]) < 11:
         raise UserError("SSIM needs images of 11 px per side or more")
     a, b = (x.cpu().double().clamp(-1, 1).numpy() for x in (a, b))
@@ -382,7 +383,7 @@ def images_of(dataset, num, args, run, title=""):
     rows = subset(len(dataset), num, args.seed)
     if len(rows) < run.world:
         raise UserError(f"{len(rows)} images for {run.world} processes: pass a larger --num")
-    # each loader process would get a copy of the whole npz
+    # they are in memory already
     workers = 0 if isinstance(dataset, Pixels) else loader_workers(args)
     return val_batches(dataset, rows, args.batch_size, run, workers, title)
 
@@ -584,15 +585,15 @@ def stats(args):
                   reference_hash=weights_hash(dict(mu=mu, sigma=sigma)), **features.record)
 
 class Pixels(ImageDataset):
-    """The images of an npz file, arr_0 (N,H,W,3) uint8, and their labels: arr_1 (N,), or -1."""
+    """The images of an npz file, arr_0 (N,H,H,3) uint8, and their labels: arr_1 (N,), or -1."""
 
     def __init__(self, file):
         self.array = file["arr_0"]
         shape = self.array.shape
-        right = self.array.dtype == np.uint8 and shape[3:] == (3,) and shape[1] == shape[2]
+        right = self.array.dtype == np.uint8 and shape[1:] == (shape[1], shape[1], 3)
         assert right, f"arr_0 must be (N,H,H,3) uint8, not {shape} {self.array.dtype}"
         labels = file.get("arr_1", np.full(len(self.array), -1))
-        assert labels.shape == shape[:1] != (0,), f"{shape[0]} images, labels {labels.shape}"
+        assert labels.shape == shape[:1] != (0,), f"arr_1 is {labels.shape} for {shape[0]} images"
         super().__init__(labels, (), self.array.shape[1], train=False, seed=0)
 
     def pixels(self, key):
@@ -732,14 +733,14 @@ def normaliser(x, protocol, run):
         return mean, torch.diag(1 / (covariance.diagonal().clamp_min(0).sqrt() + 1e-5))
     values, vectors = torch.linalg.eigh(covariance)
     # each eigenvalue grows by a little of their mean (a ridge), so that directions of mere
-    # rounding are not blown up. Features that never change have a mean of 0
+    # rounding are not blown up. Where nothing varies all of them are 0
     ridged = values.clamp_min(0) + 1e-4 * values.mean()
     return mean, vectors / ridged.clamp_min(1e-300).sqrt()
 
 @torch.enable_grad()
 def fit_to_convergence(x, y, num_classes, l2=1e-4, max_steps=2000):
     """Softmax regression by full-batch L-BFGS: x (N,D+1) with a last column of ones, y (N,) ->
-    weights and bias (C,D+1)."""
+    weights and bias (C,D+1); "" or why it ended before it converged."""
     def loss_and_gradient(flat):
         theta = torch.from_numpy(flat).to(x).view(num_classes, -1).requires_grad_()
         # the bias, in the last column, is not penalised
@@ -748,13 +749,12 @@ def fit_to_convergence(x, y, num_classes, l2=1e-4, max_steps=2000):
         return loss.item(), theta.grad.flatten().double().cpu().numpy()
 
     start = np.zeros(num_classes * x.shape[1])
-    # with more classes each has a smaller share of the gradient
-    options = dict(maxiter=max_steps, gtol=1e-4 / num_classes)
+    # of many classes each has a small share of the gradient
+    options = dict(maxiter=max_steps, gtol=1e-4 / max(10, num_classes))
     found = scipy.optimize.minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B",
                                     options=options)
-    if not found.success:
-        print(f"the probe may not have converged: {found.message}")
-    return torch.from_numpy(found.x).to(x).view(num_classes, -1)
+    fault = "" if found.success else found.message
+    return torch.from_numpy(found.x).to(x).view(num_classes, -1), fault
 
 @torch.enable_grad()
 def fit_as_in_the_paper(x, y, num_classes, args):
@@ -790,7 +790,9 @@ def linear_probe(train, val, num_classes, args, run):
     if args.protocol == "paper":
         theta = fit_as_in_the_paper(*train, num_classes, args)
     else:
-        theta = fit_to_convergence(*train, num_classes)
+        theta, fault = fit_to_convergence(*train, num_classes)
+        if fault and run.main:
+            print(f"the next probe has not converged: {fault}")
     check_finite("weights of the probe", theta.cpu())
     return [((x @ theta.T).argmax(1) == y).double().mean().item() for x, y in (train, val)]
 
@@ -828,7 +830,7 @@ def probe(args):
     config, keeps = model.config, args.keep or (model.config.length,)
     train_set = open_probe(args, model)
     encoders = {"trained": model}
-    # the control: the network as it is before training. With the seed of a run it is that run's
+    # the control: the network before training. With the seed of a run it is where that run began
     for n in range(args.seeds):
         torch.manual_seed(args.seed + n)
         encoders[f"random {n}"] = MergeVQ(config).eval().to(run.device)
@@ -864,7 +866,7 @@ class ClassifierConfig(RunConfig):
     out: str = arg("out/classifier")
     size: int = arg(32, help="image side in pixels", low=8)
     width: int = arg(32, help="channels of the first stage; 64 suits photographs", low=8)
-    stride: int = arg(2, help="of the first convolution; small photographs: 1, and --width 24",
+    stride: int = arg(2, help="of the first convolution; 1 keeps the detail of small photographs",
                       low=1, high=2)
     batch_size: int = arg(64)
     max_steps: int = arg(600)
@@ -877,8 +879,8 @@ class ClassifierConfig(RunConfig):
 
 @dataclasses.dataclass
 class FinetuneConfig(RunConfig):
-    """tiny suits the default tokenizer. paper: 100 epochs of batch 1,024, rates and regularisation
-    as in MAE, without CutMix, RandAugment and random erasing."""
+    """tiny suits the default tokenizer. paper: 100 epochs of batch 1,024, the rest as in MAE, but
+    without CutMix, RandAugment and random erasing, and with an average of the weights."""
     #                      tiny    paper
     recipe: str = arg(     "tiny", "paper", help="preset: tiny or paper")
     ckpt: str = arg("out/tokenizer/ckpt.pt", help="tokenizer whose encoder is fine-tuned")
@@ -889,7 +891,8 @@ class FinetuneConfig(RunConfig):
     layer_decay: float = arg(0.8, 0.65, help="rate of a layer / of the next", low=0, high=1)
     mixup: float = arg(    0.2,    0.8, help="Beta of mixup (1710.09412); 0: off", low=0)
     smoothing: float = arg(0.1,    0.1, help="label smoothing", low=0, high=1)
-    drop_path: float = arg(0.0,    0.1, help="to skip a branch of the last block", low=0, high=0.99)
+    drop_path: float = arg(0.0,    0.1, low=0, high=0.99,
+                           help="chance to skip a branch, in the last block")
     batch_size: int = arg( 64,     1024)
     max_steps: int = arg(  600,    0)
     epochs: int = arg(     100,    100)
@@ -956,7 +959,8 @@ def mix(images, targets, alpha, *key):
 
 @torch.no_grad()
 def accuracy(model, dataset, config, batch_size, run):
-    """Share of config.num val images (0: all) whose label is the highest logit."""
+    """Share of config.num val images (0: all; the same for each seed) whose label is the highest
+    logit."""
     rows = subset(len(dataset), config.num)
     hits = [torch.zeros(0, dtype=torch.bool)]  # a rank may have no image
     for images, labels in val_batches(dataset, rows, batch_size, run, loader_workers(config)):
@@ -967,7 +971,8 @@ def accuracy(model, dataset, config, batch_size, run):
 def train_classifier(argv):
     config = parse_config(ClassifierConfig, "A small CNN that knows the classes.", argv[1:])
     fit(config, argv, "classifier", config.size,
-        lambda classes: Classifier(config.size, classes, config.width, config.stride))
+        lambda classes: Classifier(config.size, classes, config.width, config.stride),
+        fixed=("size", "stride"))
 
 def finetune(argv):
     config = parse_config(FinetuneConfig, "A tokenizer's encoder as a classifier.", argv[1:],
@@ -977,11 +982,12 @@ def finetune(argv):
     config.data, config.keep = config.data or t.data, config.keep or t.length
     merge_schedule(t.length, config.keep, t.depth)  # raises UserError on a K out of reach
     fit(config, argv, "finetuned", t.size,
-        lambda classes: FineTuned(encoder, config.keep, classes, config.drop_path),
+        lambda classes: FineTuned(encoder, config.keep, classes, config.drop_path), ("keep",),
         tokenizer=weights_hash(tokenizer.state_dict()))
 
-def fit(config, argv, kind, size, make_model, **record):
-    """Train make_model(number of classes): images (B,3,size,size) -> features, logits (B,C)."""
+def fit(config, argv, kind, size, make_model, fixed, **record):
+    """Train make_model(number of classes): images (B,3,size,size) -> features, logits (B,C).
+    fixed: flags that a resumed run must keep."""
     config.command, config.argv = argv[0], argv
     train_set, val_set = open_data(config, size)
     classes = train_set.num_classes
@@ -990,7 +996,7 @@ def fit(config, argv, kind, size, make_model, **record):
     config.warmup = min(config.warmup, config.max_steps // 10)  # for short runs
     run = start_run(config)
     micro = micro_batch(config, run)
-    state = open_out(config, run, kind)
+    state = open_out(config, run, kind, fixed)
     torch.manual_seed(config.seed)  # the same weights on every rank
     raw_model = make_model(classes).to(run.device)
     ema = copy.deepcopy(raw_model).eval().requires_grad_(False)

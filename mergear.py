@@ -191,15 +191,16 @@ def causal_attention(q, k, v):
     return scores.masked_fill(later, -math.inf).softmax(-1) @ v
 
 class Linear(nn.Linear):
-    """nn.Linear without bias. A decoding step has few rows. The library that multiplies for PyTorch
-    on a CPU (MKL) is faster at those with the weight on the left: (W x^T)^T."""
+    """nn.Linear without bias: (...,rows,c_in) -> (...,rows,c_out). A decoding step has few rows. On
+    a CPU a few dozen are multiplied faster with the weight on the left: (W x^T)^T."""
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, bias=False)
 
     def forward(self, x):
-        if x.device.type != "cpu" or x.numel() > 256 * x.shape[-1]:
+        many = x.numel() > 256 * x.shape[-1]
+        if many or x.device.type != "cpu" or torch.is_grad_enabled():
             return super().forward(x)
-        return (self.weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], -1)
+        return (self.weight @ x.flatten(0, -2).T).T.view(*x.shape[:-1], self.out_features)
 
 class Block(nn.Module):
     """Pre-norm transformer block. How it attends differs between training and KV caches."""

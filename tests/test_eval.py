@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -285,7 +286,8 @@ def test_stats_and_gen_agree(judge, folder, tmp_path):
     assert rows[0] == rows[1] and rows[0]["precision"] == rows[0]["recall"] == 1
     assert rows[0]["fd-36"] == pytest.approx(0, abs=1e-6 * features.var(0).sum())
     for change in (dict(features_hash="other"), dict(size=32), dict(mu=np.zeros(63)),
-                   dict(arr_0=np.zeros((4, 16)))):
+                   dict(arr_0=np.zeros((4, 16))), dict(arr_0=np.zeros((4, 16, 8, 3), np.uint8)),
+                   dict(arr_0=np.zeros((4, 16, 16, 3), np.uint8), arr_1=np.zeros(3, int))):
         np.savez(tmp_path / "other.npz", **{**arrays, **change})
         with pytest.raises(UserError, match="--reference"):
             run("gen", tmp_path, *flags, "--reference", tmp_path / "other.npz")
@@ -326,21 +328,25 @@ def test_gen_with_inception(folder, tmp_path, monkeypatch):
     assert {"FID-36", "IS-36"} < set(row) and "agreement" not in row
     assert os.path.exists(tmp_path / "samples.png")
     seen = stub(images)[0].numpy()
-    np.savez(tmp_path / "adm.npz", to_uint8(images), mu=seen.mean(0), sigma=np.cov(seen.T))
+    np.savez(tmp_path / "adm.npz", to_uint8(images), mu=seen.mean(0) + 1, sigma=np.cov(seen.T))
     again, = run("gen", tmp_path, *flags[:2], "--data", "nowhere", *flags[4:],
                  "--reference", tmp_path / "adm.npz")["results"]
-    assert again["precision"] == 1 and again["FID-36"] == pytest.approx(row["FID-36"], abs=1e-4)
+    moved = row["FID-36"] + seen.shape[1]
+    assert again["precision"] == 1 and again["FID-36"] == pytest.approx(moved, rel=1e-4)
 
 def test_classifier_learns_resumes_and_loads(folder, tmp_path):
     """A checkpoint without class names, a load in training mode, labels shifted by one."""
-    flags = ["--data", folder, "--size", "16", "--batch-size", "12", "--warmup", "4"]
+    flags = ["--data", folder, "--size", "16", "--batch-size", "12", "--warmup", "4",
+             "--stride", "1"]
     run("train-classifier", tmp_path, *flags, "--max-steps", "20")
     run("train-classifier", tmp_path, *flags, "--max-steps", "40", "--resume")
     model, state = load_classifier(f"{tmp_path}/ckpt.pt")
     assert not model.training and state["class_names"] == ["blue", "green", "red"]
     assert state["val_accuracy"] > 0.6, "colours are easy"
-    for size in (8, 96):
-        features, logits = Classifier(size, 7)(torch.zeros(2, 3, size, size))
+    with pytest.raises(UserError, match="stride"):
+        run("train-classifier", tmp_path, *flags[:-2], "--max-steps", "60", "--resume")
+    for size, stride in itertools.product((8, 96), (1, 2)):
+        features, logits = Classifier(size, 7, 24, stride)(torch.zeros(2, 3, size, size))
         assert features.dim() == 2 and logits.shape == (2, 7)
 
 # probe and sweep
@@ -371,7 +377,8 @@ def test_whitened_probe_is_the_converged_fit():
     white = (x.double() - mean) @ matrix
     torch.testing.assert_close(white.T.cov(), torch.eye(16).double(), rtol=0, atol=0.05)
     x = F.pad(x, (0, 1), value=1.0).double()
-    theta = fit_to_convergence(x[:1000], labels[:1000], 10, 0.0, 5000)
+    theta, fault = fit_to_convergence(x[:1000], labels[:1000], 10, 0.0, 5000)
+    assert not fault
     expected = (x[1000:] @ theta.T).argmax(1) == labels[1000:]
     assert 0.2 < found < 0.95 and abs(found - expected.double().mean().item()) < 0.01
 
