@@ -777,7 +777,8 @@ def fit_as_in_the_paper(x, y, num_classes, args):
     return theta.detach()
 
 def linear_probe(train, val, num_classes, args, run):
-    """A linear classifier on features (N,D) with labels (N,) -> (train, val) top-1."""
+    """A linear classifier on features (N,D) with labels (N,) -> train and val top-1; "" or why it
+    has not converged."""
     mean, matrix = normaliser(train[0], args.protocol, run)
 
     def prepare(x, y):
@@ -788,13 +789,12 @@ def linear_probe(train, val, num_classes, args, run):
 
     train, val = prepare(*train), prepare(*val)
     if args.protocol == "paper":
-        theta = fit_as_in_the_paper(*train, num_classes, args)
+        theta, fault = fit_as_in_the_paper(*train, num_classes, args), ""
     else:
         theta, fault = fit_to_convergence(*train, num_classes)
-        if fault and run.main:
-            print(f"the next probe has not converged: {fault}")
     check_finite("weights of the probe", theta.cpu())
-    return [((x @ theta.T).argmax(1) == y).double().mean().item() for x, y in (train, val)]
+    top1 = [((x @ theta.T).argmax(1) == y).double().mean().item() for x, y in (train, val)]
+    return *top1, fault
 
 def open_probe(args, model):
     """Training images of the probe, as centre crops. Raises UserError where they are too few."""
@@ -821,8 +821,11 @@ def probe_all(represent, train_set, val_set, args, run):
     y, val_y = train.pop("labels"), val.pop("labels")
     results = {}
     for key, x in train.items():
-        top1 = linear_probe((x, y), (val[key], val_y), train_set.num_classes, args, run)
-        results[key] = dict(dimensions=x.shape[1], train_top1=top1[0], val_top1=top1[1])
+        train_top1, val_top1, fault = linear_probe((x, y), (val[key], val_y),
+                                                   train_set.num_classes, args, run)
+        if fault and run.main:
+            print(f"the probe of {key} has not converged: {fault}")
+        results[key] = dict(dimensions=x.shape[1], train_top1=train_top1, val_top1=val_top1)
     return results
 
 def probe(args):

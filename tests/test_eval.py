@@ -353,7 +353,7 @@ def test_classifier_learns_resumes_and_loads(folder, tmp_path):
 
 def probe_accuracy(x, labels, protocol="whitened"):
     args = argparse.Namespace(epochs=60, lr=0.01, seed=0, protocol=protocol)
-    return linear_probe((x[:1000], labels[:1000]), (x[1000:], labels[1000:]), 10, args, ONE)
+    return linear_probe((x[:1000], labels[:1000]), (x[1000:], labels[1000:]), 10, args, ONE)[:2]
 
 def clusters(spread):
     generator, labels = seeded(0), torch.arange(1500) % 10
