@@ -833,7 +833,8 @@ def probe(args):
     config, keeps = model.config, args.keep or (model.config.length,)
     train_set = open_probe(args, model)
     encoders = {"trained": model}
-    # the control: the network before training. With the seed of a run it is where that run began
+    # the control: the network before training. With the seed of a run it is where that run began,
+    # but for --init dinov2
     for n in range(args.seeds):
         torch.manual_seed(args.seed + n)
         encoders[f"random {n}"] = MergeVQ(config).eval().to(run.device)
@@ -1188,7 +1189,7 @@ def main(argv=None):
     args.out = args.out or f"out/{args.command}"
     os.makedirs(args.out, exist_ok=True)
     args.argv = argv
-    # convolutions in TF32 move what a network sees in the third digit
+    # full float32, as published features are: cuDNN's default for convolutions is TF32
     torch.backends.cudnn.allow_tf32 = False
     with torch.no_grad():  # nothing trains but the probe, which says so
         COMMANDS[args.command](args)

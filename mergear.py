@@ -192,7 +192,7 @@ def causal_attention(q, k, v):
 
 class Linear(nn.Linear):
     """nn.Linear without bias: (...,rows,c_in) -> (...,rows,c_out). A decoding step has few rows. On
-    a CPU a few dozen are multiplied faster with the weight on the left: (W x^T)^T."""
+    a CPU they are multiplied faster with the weight on the left: (W x^T)^T."""
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, bias=False)
 
